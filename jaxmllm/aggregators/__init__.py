@@ -1,0 +1,1 @@
+"""Aggregators: feature maps of all encoders -> visual tokens of the language model (across encoders)."""

@@ -1,0 +1,104 @@
+"""The structs that pass between stages. Letters used in shapes everywhere:
+
+    B rows   S tokens of a row   I image slots of a row   N = B*I images   V vocabulary
+    L side of the query grid     P = L*(L+1) grid slots with a newline column
+    T = P + task tokens, the visual block of one image     H width of the language model
+    K taps (or encoders)         h, w grid of an encoder   C its channels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+
+
+def _struct(cls):
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_struct
+class Batch:
+    """What a step consumes; also what the loader makes (there as numpy).
+
+    Rows hold several packed samples. A visual token is any of the T tokens of an image: L rows of L patches and a
+    newline, then the task tokens. Tokens that show only padding of a non-square image have no place in the row.
+    """
+
+    tokens: jax.Array  # int32[B, S]; anything where visual_index >= 0
+    labels: jax.Array  # int32[B, S]; the token to predict at this place, -100 = no loss
+    segment_ids: jax.Array  # int32[B, S]; 0 = padding, 1.. = sample within the row
+    positions: jax.Array  # int32[B, S]; place within the sample
+    visual_index: jax.Array  # int32[B, S]; i*T + t if token t of image slot i stands here, -1 for text
+    visual_positions: jax.Array  # int32[B, I, T]; the inverse: place in the row, -1 if absent
+    images: dict[str, jax.Array]  # encoder name -> uint8[B, I, px, px, 3]
+    padding: dict[str, jax.Array]  # encoder name -> int32[B, I, 2]: grid columns, rows of padding on each side
+    targets: dict[str, jax.Array]  # teacher name -> float32[B, I, n, d]
+    target_mask: dict[str, jax.Array]  # teacher name -> bool[B, I]; whether the image has this target
+
+
+@_struct
+class VisualTokens:
+    """What an aggregator gives to the language model."""
+
+    tokens: jax.Array  # [N, P, H], newline column included
+    memory: Memory | None  # what aggregator layers inside the language model attend to
+
+
+@_struct
+class Memory:
+    """Projected encoder features for cross-attention, shared by the connector and the in-LLM layers."""
+
+    features: tuple[jax.Array, ...]  # per encoder [N, h, w, C]
+    masks: tuple[jax.Array, ...]  # per encoder bool[N, h, w]; True = not padding
+    context: jax.Array  # [N, C]
+
+
+@partial(jax.tree_util.register_dataclass, meta_fields=("grid", "columns"), data_fields=("memory", "positions", "index"))
+@dataclasses.dataclass(frozen=True)
+class Visual:
+    """Where the images of a packed batch stand, for layers that look at them inside the language model."""
+
+    memory: Memory
+    positions: jax.Array  # Batch.visual_positions
+    index: jax.Array  # Batch.visual_index
+    grid: int  # L
+    columns: int  # L, or L + 1 with newlines: the first L * columns tokens of a visual block are the patch grid
+
+
+@_struct
+class Term:
+    """One loss, unreduced. The train step applies mask, weight and the global count, nowhere else."""
+
+    values: jax.Array  # float32[...]
+    mask: jax.Array  # bool, same shape
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderInput:
+    """How pictures must be prepared for one encoder."""
+
+    size: int  # pixels per side
+    grid: int  # side of the feature grid
+    pad_color: tuple[int, int, int]  # RGB fill of pad-to-square
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualLayout:
+    """All that the data pipeline must know of the visual path."""
+
+    encoders: dict[str, EncoderInput]
+    grid: int  # L
+    newline: bool
+    task_tokens: int
+
+    @property
+    def patch_slots(self) -> int:
+        """P: tokens an aggregator makes of one image."""
+        return self.grid * (self.grid + self.newline)
+
+    @property
+    def block(self) -> int:
+        """T: tokens of one image, task tokens included."""
+        return self.patch_slots + self.task_tokens

@@ -1,0 +1,1 @@
+"""Encoders: picture -> taps, the feature maps of chosen layers."""

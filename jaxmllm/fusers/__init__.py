@@ -1,0 +1,1 @@
+"""Fusers: taps of one encoder -> one feature map (across depth)."""

@@ -1,0 +1,1 @@
+"""Language models: tokens + visual tokens -> hidden states."""

@@ -1,0 +1,162 @@
+"""Device mesh and sharding rules. Nothing else in the package names a mesh axis.
+
+The mesh always has all five axes; on a laptop each has size 1, so there is one code path from laptop to pod:
+
+    slice    copies of the whole mesh joined by the data-centre network; gradients are averaged over it
+    data     copies of the parameters inside a slice
+    fsdp     the batch and every large weight are split over it; weights are gathered just before use
+    tensor   heads, MLP channels and vocabulary are split over it
+    context  the sequence of a row is split over it
+
+Axes are Explicit: the sharding of every array is part of its type, and a wrong one is an error while tracing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("slice", "data", "fsdp", "tensor", "context")
+
+# Logical name of an array dimension -> mesh axes that split it. Names that are not here are never split.
+RULES = {
+    "batch": ("slice", "data", "fsdp"),
+    "length": ("context",),
+    "embed": ("fsdp",),  # model width of a weight; activations keep it whole
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+# Weights smaller than this many elements are replicated over fsdp: gathering them costs more than holding them.
+MIN_FSDP_SIZE = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Sizes of the mesh axes; one of them may be -1, meaning "all devices that are left"."""
+
+    slice: int = 1
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """The five sizes for `num_devices` devices. Raises ValueError if they cannot multiply to that number."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        known = math.prod(s for s in sizes if s != -1)
+        if sizes.count(-1) > 1 or num_devices % known or (-1 not in sizes and known != num_devices):
+            shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+            raise ValueError(f"mesh {shape} does not fit {num_devices} devices; set one axis to -1 or change a size")
+        return tuple(num_devices // known if s == -1 else s for s in sizes)
+
+    def build(self, devices=None) -> jax.sharding.Mesh:
+        """The real mesh over `devices` (default: all of them, of all processes)."""
+        devices = jax.devices() if devices is None else devices
+        sizes = self.sizes(len(devices))
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+    def abstract(self, num_devices: int) -> jax.sharding.AbstractMesh:
+        """The same mesh without devices, for tracing a program that cannot run here."""
+        return jax.sharding.AbstractMesh(self.sizes(num_devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def spec(*names: str | None) -> P:
+    """Logical dimension names -> PartitionSpec, e.g. spec("batch", "length", None)."""
+    return P(*(RULES.get(name) if name else None for name in names))
+
+
+def has_mesh() -> bool:
+    """Whether a mesh is set; without one (a notebook, a unit test) every sharding below is a no-op."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Reshards `x` so that its dimensions are split as their logical names say."""
+    return jax.sharding.reshard(x, spec(*names)) if has_mesh() else x
+
+
+def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:
+    """Shards a fresh weight by its logical names; small ones are replicated over fsdp.
+
+    Raises ValueError, naming the tensor, its shape and the axis, if a dimension does not divide.
+    """
+    if not has_mesh():
+        return x
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    names = tuple(None if name == "embed" and x.size < MIN_FSDP_SIZE else name for name in names)
+    for i, name in enumerate(names):
+        axes = RULES.get(name, ())
+        parts = math.prod(sizes[a] for a in axes)
+        if x.shape[i] % parts:
+            raise ValueError(
+                f"{path} {x.shape}: dimension {i} ({name}, {x.shape[i]}) does not divide over mesh axis "
+                f"{' x '.join(axes)} of size {parts}; change the mesh or the model size"
+            )
+    return shard(x, *names)
+
+
+def spec_like(x: jax.Array, lead: int, names: tuple[str | None, ...]) -> P | None:
+    """Spec of a result: the first `lead` dimensions split as those of x, then an activation's named dimensions."""
+    if not has_mesh():
+        return None
+    return P(*jax.typeof(x).sharding.spec[:lead], *spec(*(None if n == "embed" else n for n in names)))
+
+
+def gather_param(w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """The weight as a layer uses it: whole over fsdp (this is the FSDP all-gather), still split over tensor."""
+    return shard(w, *(None if name == "embed" else name for name in names))
+
+
+def batch_names(ndim: int, *, length: bool = False) -> tuple[str | None, ...]:
+    """Logical names of a batch-first array: ("batch", None, ...), or ("batch", "length", None, ...)."""
+    return ("batch", "length" if length else None, *[None] * (ndim - 2))[:ndim]
+
+
+def reshape(x: jax.Array, *shape: int) -> jax.Array:
+    """Reshapes an array whose first dimension alone may be split, and stays so (merging into it is allowed)."""
+    if not has_mesh():
+        return x.reshape(shape)
+    lead = jax.typeof(x).sharding.spec[0] if x.ndim else None
+    return jax.lax.reshape(x, shape, out_sharding=P(lead, *[None] * (len(shape) - 1)))
+
+
+def reshape_to(x: jax.Array, shape: tuple[int, ...], *names: str | None) -> jax.Array:
+    """Reshapes to dimensions whose logical names are given; the split of the data must not change by it."""
+    return jax.lax.reshape(x, shape, out_sharding=spec(*names)) if has_mesh() else x.reshape(shape)
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B/parts, ...]: part i takes rows i, i + parts, .., so every device keeps its own rows."""
+    return reshape(x, x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, N, C], index int32[B, M] -> [B, M, C]: gathers inside each batch row, never across rows or devices.
+
+    Indices must lie in 0..N-1.
+    """
+    x, index = shard(x, *batch_names(x.ndim)), shard(index, *batch_names(index.ndim))
+    return jax.vmap(lambda row, i: row[i])(x, index)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """How a host batch lies on the mesh: rows over all data axes, everything else whole."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def to_global(batch, mesh: jax.sharding.Mesh):
+    """A pytree of this process's rows (numpy) -> global arrays. Each process passes its own part of the batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def data_shards(mesh: jax.sharding.Mesh) -> int:
+    """Number of parts the batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -1,0 +1,126 @@
+"""The whole model on one page: encoders -> fusers -> aggregator -> language model -> objectives.
+
+    images uint8[B, I, px, px, 3] -> taps [K, N, h, w, C] -> map [N, h, w, C] -> visual tokens [N, P, H]
+    -> hidden states [B, S, H] (+ those of the layers an objective reads) -> losses
+
+Every part is a value in the config; only this file joins them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmllm import mesh
+from jaxmllm.batch import Batch, Term, Visual, VisualLayout
+from jaxmllm.llms.decoder import place_visual
+from jaxmllm.objectives.next_token import IGNORE, next_token
+
+
+class MLLM(nn.Module):
+    """A multimodal language model.
+
+    encoders, fusers: by encoder name, the same names in the same order. The aggregator gives L rows of L (+ newline)
+    tokens an image. distill: teacher name -> EmbedDistill; their task tokens follow every image in this order.
+    """
+
+    encoders: dict[str, nn.Module]
+    fusers: dict[str, nn.Module]
+    aggregator: nn.Module
+    llm: nn.Module
+    distill: dict[str, nn.Module]
+    vocab_chunk: int = 512  # positions of a row turned into logits at a time
+
+    def __post_init__(self):
+        super().__post_init__()
+        if list(self.encoders) != list(self.fusers):
+            raise ValueError(f"encoders {list(self.encoders)} and fusers {list(self.fusers)} must have the same names")
+
+    @property
+    def layout(self) -> VisualLayout:
+        """What the data pipeline must know of the visual path."""
+        inputs = {name: encoder.input for name, encoder in self.encoders.items()}
+        tasks = sum(teacher.tokens for teacher in self.distill.values())
+        return VisualLayout(inputs, self.aggregator.grid, self.aggregator.newline, tasks)
+
+    def visual(self, batch: Batch) -> tuple[jax.Array, Visual]:
+        """Encoders, fusers, aggregator: -> (visual tokens [B, I*T, H], what layers inside the LLM need)."""
+        layout, (b, slots) = self.layout, batch.visual_positions.shape[:2]
+        maps, masks = {}, {}
+        for name, encoder in self.encoders.items():
+            with jax.named_scope(f"encoder_{name}"):
+                images = batch.images[name]
+                taps = encoder(mesh.reshape(images, b * slots, *images.shape[2:]))
+            with jax.named_scope(f"fuser_{name}"):
+                maps[name] = self.fusers[name](taps)
+            pad = mesh.reshape(batch.padding[name], b * slots, 2)
+            masks[name] = content_mask(pad, layout.encoders[name].grid)
+        with jax.named_scope("aggregator"):
+            tokens = self.aggregator(maps, masks)
+        block = tokens.tokens
+        if self.distill:
+            tasks = jnp.concatenate([teacher.task_tokens() for teacher in self.distill.values()]).astype(block.dtype)
+            tasks = jnp.broadcast_to(tasks, (block.shape[0], *tasks.shape))
+            block = jnp.concatenate([block, mesh.shard(tasks, "batch", None, None)], 1)
+        block = mesh.reshape(block, b, slots * layout.block, block.shape[-1])
+        columns = layout.grid + layout.newline
+        return block, Visual(tokens.memory, batch.visual_positions, batch.visual_index, layout.grid, columns)
+
+    def hidden(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
+        """-> (states after the final norm [B, S, H], {layer: states}, cache)."""
+        block, visual = self.visual(batch)
+        with jax.named_scope("llm"):
+            x = place_visual(self.llm.embed(batch.tokens), block, batch.visual_index)
+            visual = visual if visual.memory is not None else None
+            return self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
+
+    def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, Term]]:
+        """Unreduced losses of the named objectives, and `accuracy` of the next token. Names: "next_token" and the teachers'."""
+        teachers = {name: self.distill[name] for name in self.distill if name in losses}
+        taps = tuple(sorted({layer for teacher in teachers.values() for layer in teacher.layers}))
+        states, tapped, _ = self.hidden(batch, taps)
+        terms, metrics = {}, {}
+        if "next_token" in losses:
+            with jax.named_scope("next_token"):
+                chunk = self.vocab_chunk
+                terms["next_token"], hit = next_token(states, self.llm.output_table(), batch.labels, chunk)
+                metrics["accuracy"] = Term(hit.astype(jnp.float32), terms["next_token"].mask)
+        for name, teacher in teachers.items():
+            with jax.named_scope(f"distill_{name}"):
+                visible, places = self.task_places(batch, name)
+                predictions = [
+                    teacher.predict(i, tapped[layer], visible, places) for i, layer in enumerate(teacher.layers)
+                ]
+                target, n = batch.targets[name], predictions[0].shape[0]
+                mask = mesh.reshape(batch.target_mask[name], n)
+                terms[name] = teacher(predictions, mesh.reshape(target, n, *target.shape[2:]), mask)
+        return terms, metrics
+
+    def counts(self, batch: Batch) -> dict[str, jax.Array]:
+        """How many values each loss averages over: answer tokens, images with a target. int32 scalars."""
+        return {"next_token": (batch.labels != IGNORE).sum()} | {k: m.sum() for k, m in batch.target_mask.items()}
+
+    def task_places(self, batch: Batch, name: str) -> tuple[jax.Array, jax.Array]:
+        """For every image: which tokens of its row teacher `name` may read, bool[B, I, S], and where its task tokens
+        stand, int32[B, I, tokens]. It reads its own sample except other teachers' task tokens."""
+        layout, names = self.layout, list(self.distill)
+        start = layout.patch_slots + sum(self.distill[n].tokens for n in names[: names.index(name)])
+        stop = start + self.distill[name].tokens
+        token = jnp.where(batch.visual_index >= 0, batch.visual_index % layout.block, -1)
+        others = (token >= layout.patch_slots) & ((token < start) | (token >= stop))
+        places = jnp.maximum(batch.visual_positions[:, :, start:stop], 0)
+        segments = mesh.shard(batch.segment_ids, "batch", None)
+        own = mesh.take_rows(segments[..., None], places[:, :, 0])  # [B, I, 1]: the image's sample
+        visible = (segments[:, None] == own) & (segments > 0)[:, None]
+        return visible & ~mesh.shard(others, "batch", None)[:, None], places
+
+
+def content_mask(padding: jax.Array, grid: int) -> jax.Array:
+    """int32[N, 2] (columns, rows of padding on each side) -> bool[N, grid, grid], True = picture."""
+    at = jnp.arange(grid)
+    inside = (at >= padding[..., None]) & (at < grid - padding[..., None])  # [N, 2, grid]
+    return inside[:, 1, :, None] & inside[:, 0, None, :]
+

@@ -1,0 +1,149 @@
+"""Linear, Norm, Embed, Table: the only callers of `self.param`, so initial values and shardings live in one place.
+
+Parameters are float32 when made. They may be cast (to bfloat16) before `apply`; a layer computes in the dtype of its
+input and keeps norms in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmllm import mesh
+
+Init = Callable[..., jax.Array]
+normal = nn.initializers.normal
+zeros = nn.initializers.zeros
+ones = nn.initializers.ones
+
+
+def torch_uniform(fan_in: int) -> Init:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Linear for weight and bias alike."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class _Params(nn.Module):
+    def weight(self, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+        path = "/".join((*self.path, name))
+        return self.param(name, lambda key: mesh.shard_param(init(key, shape, jnp.float32), axes, path))
+
+
+class Linear(_Params):
+    """y[..., out] = x[..., in] @ kernel + bias, where `in` and `out` may be several dimensions each.
+
+    in_axes, out_axes: logical names of those dimensions (mesh.RULES); their number says how many trailing
+    dimensions of x are contracted. features: sizes of `out`. Kernel shape: in dims + out dims.
+    """
+
+    features: tuple[int, ...]
+    in_axes: tuple[str | None, ...] = ("embed",)
+    out_axes: tuple[str | None, ...] = (None,)
+    use_bias: bool = True
+    kernel_init: Init | None = None  # None: torch.nn.Linear's default for kernel and bias; else the bias is zero
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n = len(self.in_axes)
+        inputs, axes = x.shape[x.ndim - n :], (*self.in_axes, *self.out_axes)
+        fan_in, fan_out = math.prod(inputs), math.prod(self.features)
+        init = self.kernel_init or torch_uniform(fan_in)
+
+        def kernel_init(key, shape, dtype):  # an initialiser sees one matrix
+            return init(key, (fan_in, fan_out), dtype).reshape(shape)
+
+        kernel = self.weight("kernel", kernel_init, (*inputs, *self.features), axes)
+        kernel = mesh.gather_param(kernel, axes).astype(x.dtype)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(
+            x, kernel, (contract, ((), ())), out_sharding=mesh.spec_like(x, x.ndim - n, self.out_axes)
+        )
+        if self.use_bias:
+            bias_init = zeros if self.kernel_init else torch_uniform(fan_in)
+            bias = self.weight("bias", bias_init, self.features, self.out_axes)
+            y = y + mesh.gather_param(bias, self.out_axes).astype(x.dtype)
+        return y
+
+
+class Norm(_Params):
+    """LayerNorm (kind="layer") or RMSNorm (kind="rms") over the last dimension, in float32, returned as x.dtype."""
+
+    kind: str = "layer"
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.weight("scale", ones, x.shape[-1:], (None,))
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps) * scale.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y + self.weight("bias", zeros, x.shape[-1:], (None,)).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Embed(_Params):
+    """Token embedding [V, H]; `attend` uses the same table as output head."""
+
+    vocab: int
+    width: int
+    init: Init = normal(0.02)
+
+    def setup(self):
+        self.table = self.weight("embedding", self.init, (self.vocab, self.width), ("vocab", "embed"))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """int32[B, S] -> [B, S, H]."""
+        table = mesh.gather_param(self.table, ("vocab", "embed"))
+        return table.at[ids].get(out_sharding=mesh.spec_like(ids, ids.ndim, (None,)))
+
+    def kernel(self) -> jax.Array:
+        """[V, H], gathered over fsdp."""
+        return mesh.gather_param(self.table, ("vocab", "embed"))
+
+
+class Table(_Params):
+    """A learned array of the given shape: position tables, queries, scales."""
+
+    shape: tuple[int, ...]
+    init: Init = normal(0.02)
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.weight("value", self.init, self.shape, (None,) * len(self.shape))
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear; with `gated`, down(act(gate(x)) * up(x)) (SwiGLU when the activation is silu)."""
+
+    hidden: int
+    out: int
+    activation: str = "gelu"
+    gated: bool = False
+    use_bias: bool = True
+    kernel_init: Init | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
+        act = ACTIVATIONS[self.activation]
+        y = Linear((self.hidden,), out_axes=("mlp",), name="up", **common)(x)
+        if self.gated:
+            y = act(Linear((self.hidden,), out_axes=("mlp",), name="gate", **common)(x)) * y
+        else:
+            y = act(y)
+        return Linear((self.out,), in_axes=("mlp",), out_axes=("embed",), name="down", **common)(y)

@@ -1,0 +1,83 @@
+"""Repeated blocks with taps: the only file that scans over layers and rematerialises them.
+
+The ViT and the language model both use it, so "encoder taps" and "hidden states for distillation" are one mechanism.
+A tap leaves the scan in a fixed buffer in the carry, so the other layers' outputs are never kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What the backward pass finds saved; the rest of a block is computed again.
+REMAT = {
+    "none": None,  # save everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # save only each block's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # save the outputs of weight matmuls
+}
+
+
+class _Layer(nn.Module):
+    block: nn.Module
+
+    @nn.compact
+    def __call__(self, carry, layer, broadcast):
+        (x, taps), (slot, cache) = carry, layer
+        x, cache = self.block.copy(name="block")(x, cache, *broadcast)
+        return (x, put(taps, slot, x)), cache
+
+
+def put(taps: jax.Array, slot: Any, x: jax.Array) -> jax.Array:
+    """Writes x into taps[slot]; the last entry of the buffer is where unwanted ones go."""
+    if taps.shape[0] == 1:
+        return taps
+    return jax.lax.dynamic_update_index_in_dim(taps, x.astype(taps.dtype), slot, 0)
+
+
+def empty_taps(x: jax.Array, count: int) -> jax.Array:
+    """A buffer [count + 1, *x.shape]; without taps it is one scalar."""
+    if not count:
+        return jnp.zeros((1,), x.dtype)
+    return jnp.broadcast_to(jnp.zeros_like(x)[None], (count + 1, *x.shape))
+
+
+def tap_slots(wanted: tuple[int, ...], first: int, length: int) -> np.ndarray:
+    """int32[length]: the slot of the output of block first, first+1, .. (1-based); len(wanted) = nowhere."""
+    return np.array([wanted.index(i) if i in wanted else len(wanted) for i in range(first, first + length)], np.int32)
+
+
+class Stack(nn.Module):
+    """`length` copies of `block`, scanned; parameters have a leading layer dimension.
+
+    block: called as block(x, cache, *broadcast) -> (x, cache).
+    remat: a name in REMAT. unroll: layers per loop turn; all of them (True) is faster for a few small layers.
+    """
+
+    block: nn.Module
+    length: int
+    remat: str = "full"
+    unroll: int | bool = 1
+
+    @nn.compact
+    def __call__(self, x, taps, slots, cache, *broadcast):
+        """x [B, S, H]; taps from empty_taps; slots int32[length] from tap_slots; cache: pytree with leading
+        dimension `length`, or None. Returns (x, taps, cache)."""
+        if not self.length:
+            return x, taps, cache
+        layer = _Layer
+        if REMAT[self.remat] is not None:
+            layer = nn.remat(layer, policy=REMAT[self.remat], prevent_cse=False)
+        scan = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=((0, 0 if cache is not None else nn.broadcast), nn.broadcast),
+            length=self.length,
+            unroll=self.length if self.unroll is True else self.unroll,
+        )
+        (x, taps), cache = scan(self.block, name="layers")((x, taps), (jnp.asarray(slots), cache), broadcast)
+        return x, taps, cache

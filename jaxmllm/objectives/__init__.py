@@ -1,0 +1,1 @@
+"""Objectives: hidden states -> unreduced losses."""

@@ -1,0 +1,1 @@
+"""Training: batches -> next state. Nothing here knows a stage of the model."""

@@ -1,0 +1,76 @@
+"""What a run tells: a progress line, WORKDIR/metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class Reporter:
+    """Collects the steps of one stage; only process 0 writes.
+
+    A step's line: loss, milliseconds per step, tokens and images per second (of the whole run), share of the time
+    spent waiting for data, time left.
+    """
+
+    def __init__(self, workdir: str, stage: str, steps: int, active: bool = True):
+        self.stage, self.steps, self.active = stage, steps, active
+        self.terminal = sys.stderr.isatty()
+        self.start = self.window_start = time.perf_counter()
+        self.first: int | None = None
+        self.window = dict.fromkeys(("steps", "tokens", "images", "wait"), 0.0)
+        if active:
+            self.file = open(Path(workdir) / "metrics.jsonl", "a")
+            self.board = SummaryWriter(str(Path(workdir) / "tensorboard" / stage), flush_secs=10)
+
+    def count(self, tokens: int, images: int, wait: float) -> None:
+        """One dispatched step: global tokens and images, seconds waited for its batch."""
+        for key, value in dict(steps=1, tokens=tokens, images=images, wait=wait).items():
+            self.window[key] += value
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of `step`, and the speed since the last call."""
+        now = time.perf_counter()
+        seconds, n = max(now - self.window_start, 1e-9), max(self.window["steps"], 1)
+        speed = {
+            "step_ms": 1e3 * seconds / n,
+            "tokens_per_s": self.window["tokens"] / seconds,
+            "images_per_s": self.window["images"] / seconds,
+            "data_wait": self.window["wait"] / seconds,
+        }
+        self.window_start, self.window = now, dict.fromkeys(self.window, 0.0)
+        if not self.active:
+            return
+        row = {"stage": self.stage, "step": step, **metrics, **speed}
+        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.file.flush()
+        for key, value in {**metrics, **speed}.items():
+            self.board.add_scalar(key, value, step)
+        left = (self.steps - step) * speed["step_ms"] / 1e3
+        bar = "#" * round(20 * step / self.steps)
+        parts = [f"{k} {metrics[k]:.3f}" for k in metrics if k not in ("grad_norm", "learning_rate")]
+        self.say(
+            f"{self.stage:<8} [{bar:<20}] {step:>5}/{self.steps}  {'  '.join(parts)}  {speed['step_ms']:.0f} ms/step  "
+            f"{speed['tokens_per_s']:.0f} tok/s  {speed['images_per_s']:.0f} img/s  wait {speed['data_wait']:.0%}  "
+            f"eta {int(left) // 60}:{int(left) % 60:02d}",
+            replace=True,
+        )
+
+    def say(self, line: str, replace: bool = False) -> None:
+        """A line to the terminal; with `replace`, the next one overwrites it."""
+        if self.active:
+            end = "\r" if replace and self.terminal else "\n"
+            print("\x1b[2K" * self.terminal + line, end=end, file=sys.stderr, flush=True)
+
+    def close(self, **final: Any) -> None:
+        """Ends the progress line and the files."""
+        if self.active:
+            if self.terminal:
+                print(file=sys.stderr)
+            self.file.close()
+            self.board.close()

@@ -1,0 +1,58 @@
+"""The training state: plain dicts of arrays keyed by parameter path ("llm/head/layers/block/mlp/up/kernel")."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct, traverse_util
+
+from jaxmllm.config import ConfigError, Rule
+
+Params = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """Gradients, norm, clipping and optimizer see only `trainable`; `frozen` leaves are in the compute dtype."""
+
+    step: jax.Array  # int32 scalar
+    trainable: Params
+    frozen: Params
+    opt_state: object
+
+
+def flatten(tree: Mapping) -> Params:
+    """{"llm": {"norm": {"scale": x}}} -> {"llm/norm/scale": x}."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(params: Params) -> dict:
+    """The inverse of `flatten`: the nested dict that `apply` takes."""
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def match_rules(rules: tuple[Rule, ...], paths: list[str]) -> dict[str, Rule]:
+    """Each path's first matching rule. Raises ConfigError if a path has none or a rule matches nothing."""
+    table, used = {}, set()
+    for path in paths:
+        for rule in rules:
+            if re.search(rule.pattern, path):
+                table[path] = rule
+                used.add(rule)
+                break
+        else:
+            raise ConfigError(f"no rule covers parameter {path}; add one, e.g. Rule('.*', lr=None) to freeze the rest")
+    for rule in rules:
+        if rule not in used:
+            raise ConfigError(f"rule {rule.pattern!r} decides nothing: no parameter matches it first; remove or move it")
+    return table
+
+
+def split(params: Params, table: dict[str, Rule], dtype: jnp.dtype) -> tuple[Params, Params]:
+    """-> (trainable float32, frozen in the compute dtype)."""
+    trainable = {k: v.astype(jnp.float32) for k, v in params.items() if table[k].lr is not None}
+    frozen = {k: v.astype(dtype) for k, v in params.items() if table[k].lr is None}
+    return trainable, frozen
