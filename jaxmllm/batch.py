@@ -12,6 +12,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import numpy as np
 
 
 def _struct(cls):
@@ -102,3 +103,22 @@ class VisualLayout:
     def block(self) -> int:
         """T: tokens of one image, task tokens included."""
         return self.patch_slots + self.task_tokens
+
+
+def empty_batch(
+    layout: VisualLayout, rows: int, seq_len: int, image_slots: int, targets: dict[str, tuple[int, int]]
+) -> Batch:
+    """A numpy batch of `rows` rows of padding, every shape as in training; targets: teacher name -> (n, d)."""
+    text, images = (rows, seq_len), (rows, image_slots)
+    return Batch(
+        tokens=np.zeros(text, np.int32),
+        labels=np.full(text, -100, np.int32),
+        segment_ids=np.zeros(text, np.int32),
+        positions=np.zeros(text, np.int32),
+        visual_index=np.full(text, -1, np.int32),
+        visual_positions=np.full((*images, layout.block), -1, np.int32),
+        images={k: np.zeros((*images, e.size, e.size, 3), np.uint8) for k, e in layout.encoders.items()},
+        padding={k: np.zeros((*images, 2), np.int32) for k in layout.encoders},
+        targets={k: np.zeros((*images, *shape), np.float32) for k, shape in targets.items()},
+        target_mask={k: np.zeros(images, bool) for k in targets},
+    )

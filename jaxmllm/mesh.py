@@ -157,6 +157,6 @@ def to_global(batch, mesh: jax.sharding.Mesh):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def data_shards(mesh: jax.sharding.Mesh) -> int:
+def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Number of parts the batch is split into."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])

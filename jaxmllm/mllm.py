@@ -46,6 +46,11 @@ class MLLM(nn.Module):
         tasks = sum(teacher.tokens for teacher in self.distill.values())
         return VisualLayout(inputs, self.aggregator.grid, self.aggregator.newline, tasks)
 
+    @property
+    def target_shapes(self) -> dict[str, tuple[int, int]]:
+        """Teacher name -> (n, d) of its target."""
+        return {name: (teacher.queries, teacher.dim) for name, teacher in self.distill.items()}
+
     def visual(self, batch: Batch) -> tuple[jax.Array, Visual]:
         """Encoders, fusers, aggregator: -> (visual tokens [B, I*T, H], what layers inside the LLM need)."""
         layout, (b, slots) = self.layout, batch.visual_positions.shape[:2]

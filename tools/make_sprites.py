@@ -6,9 +6,9 @@ Run once by a person; the result is committed. The inputs are two npm packages, 
     npm pack emojibase-data@17.0.0
     python tools/make_sprites.py lobehub-fluent-emoji-3d-1.1.0.tgz emojibase-data-17.0.0.tgz
 
-The zip is stored (WebP does not deflate) and holds `<hexcode>.webp`, 96 x 96 RGBA, and `names.json`: a list of
-{"noun", "plural", "hexcode", "subgroup"}. A question such as "How many ducks are in the image?" needs nouns that
-can be counted and that name one thing only, so mass nouns, pairs and the second picture of one concept stay out.
+The zip is stored (WebP does not deflate) and holds `<hexcode>.webp`, 96 x 96 RGBA, and `names.json`: a list
+of {"noun", "plural", "hexcode", "subgroup"}. A question such as "How many ducks are there?" needs nouns
+that can be counted and that name one thing, so masses, pairs and second pictures of a concept stay out.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SUBGROUPS = _lines("""
 """)
 
 # The picture is right but its label is long, or says how the thing is drawn: the word people use for it.
-RENAME = dict(pair.split(" = ") for pair in _lines("""
+RENAMED = _lines("""
     dog face = dog; cat face = cat; monkey face = monkey; tiger face = tiger; horse face = horse
     cow face = cow; pig face = pig; mouse face = mouse; rabbit face = rabbit; honeybee = bee
     lady beetle = ladybug; T-Rex = dinosaur; hatching chick = chick; spouting whale = whale; necktie = shirt
@@ -72,7 +72,8 @@ RENAME = dict(pair.split(" = ") for pair in _lines("""
     white cane = cane; balance scale = scale; satellite antenna = satellite dish
     adhesive bandage = bandage; roll of paper = paper roll; lotion bottle = bottle
     bellhop bell = desk bell; package = parcel; dragon face = dragon
-"""))
+""")
+NOUN_OF = dict(pair.split(" = ") for pair in RENAMED)
 
 # A second picture of a concept that is in the pack already, or one no person would tell from it.
 SAME = _lines("""
@@ -135,10 +136,10 @@ UNCOUNTABLE = _lines("""
 
 IRREGULAR = {
     "mouse": "mice", "computer mouse": "computer mice", "knife": "knives", "maple leaf": "maple leaves",
-    "die": "dice", "scarf": "scarves", "deer": "deer", "fish": "fish", "pufferfish": "pufferfish", "jellyfish": "jellyfish",
-    "shrimp": "shrimp", "octopus": "octopuses", "cactus": "cactuses", "ear of corn": "ears of corn",
-    "glass of milk": "glasses of milk", "slice of cake": "slices of cake", "potato": "potatoes",
-    "tomato": "tomatoes", "mosquito": "mosquitoes",
+    "die": "dice", "scarf": "scarves", "deer": "deer", "fish": "fish", "pufferfish": "pufferfish",
+    "jellyfish": "jellyfish", "shrimp": "shrimp", "octopus": "octopuses", "cactus": "cactuses",
+    "ear of corn": "ears of corn", "glass of milk": "glasses of milk", "slice of cake": "slices of cake",
+    "potato": "potatoes", "tomato": "tomatoes", "mosquito": "mosquitoes",
 }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def read_nouns(names: tarfile.TarFile, pictures: set[str]) -> list[dict[str, str
         bare = entry["hexcode"].lower().replace("-fe0f", "")
         hexcode = next((code for code in (bare, bare + "-fe0f") if code in pictures), None)
         if hexcode is not None:
-            noun = RENAME.get(label, label)
+            noun = NOUN_OF.get(label, label)
             rows.append({"noun": noun, "plural": plural_of(noun), "hexcode": hexcode, "subgroup": subgroup})
     nouns = [row["noun"] for row in rows]
     twice = sorted({noun for noun in nouns if nouns.count(noun) > 1})
@@ -192,7 +193,7 @@ def main() -> None:
     for role, digest in SHA256.items():
         path = getattr(args, role)
         if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-            parser.error(f"{path} is not the expected package of {role}: its sha256 should start with {digest}")
+            parser.error(f"{path} is not the package of {role} meant: its sha256 should start with {digest}")
 
     with tarfile.open(args.pictures) as pictures, tarfile.open(args.names) as names:
         codes = {Path(name).stem for name in pictures.getnames() if name.endswith(".webp")}

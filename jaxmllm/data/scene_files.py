@@ -44,8 +44,8 @@ CV-Bench; held-out rows only have its columns, so that the same scorer reads bot
 - `align.jsonl`: LLaVA's format, one turn per training scene: the caption.
 - `instruct.jsonl`: LLaVA's format, one to four turns per training scene. "objects" names the objects: the
   k-th has the value k in the instance map.
-- `heldout.jsonl`: questions about other scenes of the same nouns. `heldout_nouns.jsonl`: about scenes of nouns
-  that no training scene shows. `prompt` is what is asked; `choices` are in random order; a caption has none.
+- `heldout.jsonl`: questions about other scenes of the same nouns. `heldout_nouns.jsonl`: about scenes of
+  nouns that training never shows. `prompt` is what is asked; `choices` come in random order.
 - `images/SPLIT/ID.jpg`.
 - `depth/SPLIT/ID.png`: 16 bits, nearness * 65535. Where objects stand on ground under a horizon, nearness is
   proportional to 1 / distance: 1 at the lower edge of the image, 0 from the horizon up. Elsewhere objects are
@@ -58,7 +58,7 @@ CV-Bench; held-out rows only have its columns, so that the same scorer reads bot
 def scene_at(
     split: str, index: int, *, nouns: Sequence[str], size: int, seed: int
 ) -> tuple[Scene, np.random.Generator]:
-    """Scene `index` of "train", "heldout" or "heldout_nouns", and the generator to draw its questions from."""
+    """Scene `index` of a split ("train", "heldout", "heldout_nouns") and the generator for its questions."""
     rng = np.random.default_rng([seed, list(_SPLITS).index(split), index])
     kinds = _SPLITS[split]
     return compose(rng, nouns, size, kinds[index % len(kinds)]), rng
@@ -129,7 +129,7 @@ def make_scenes(
       `out_dir` as a path.
 
     Raises:
-      ValueError: an argument is out of range, or `out_dir` holds something else; one line says how to mend it.
+      ValueError: an argument is out of range, or `out_dir` holds something else.
     """
     others = [noun for noun in plurals() if noun not in FIRST_NOUNS + HELDOUT_NOUNS]
     available = [*FIRST_NOUNS, *others]
@@ -143,7 +143,8 @@ def make_scenes(
         raise ValueError(f"processes must be 1 or more, not {processes}")
 
     out_dir = Path(out_dir)
-    made_with = dict(format=FORMAT, train=train, heldout=heldout, nouns=nouns, size=size, seed=seed)
+    made_with = {"format": FORMAT, "train": train, "heldout": heldout}
+    made_with |= {"nouns": nouns, "size": size, "seed": seed}
     if out_dir.exists():
         _check_same(out_dir, made_with)
         return out_dir
@@ -179,7 +180,7 @@ class _Job(NamedTuple):
 
 
 def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
-    """Write the images and maps of a job; return the records of each JSONL file, benchmark rows without "idx"."""
+    """Write the images and maps of a job; return the records of each JSONL file, rows without "idx"."""
     records = {"align": [], "instruct": []} if job.split == "train" else {job.split: []}
     for index in job.indices:
         scene, rng = scene_at(job.split, index, nouns=job.nouns, size=job.size, seed=job.seed)
@@ -230,6 +231,5 @@ def _check_same(folder: Path, made_with: dict[str, int]) -> None:
         found = json.loads((folder / "scenes.json").read_text())
     except (OSError, ValueError):
         raise ValueError(f"{folder} holds no composed scenes: remove it or choose another folder") from None
-    other = [f"{key}={found.get(key)}, not {value}" for key, value in made_with.items() if found.get(key) != value]
-    if other:
-        raise ValueError(f"{folder} was made with {'; '.join(other)}: remove it or choose another folder")
+    if other := [f"{key}={found.get(key)}" for key in made_with if found.get(key) != made_with[key]]:
+        raise ValueError(f"{folder} was made with {', '.join(other)}: remove it or choose another folder")

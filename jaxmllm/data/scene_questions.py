@@ -60,7 +60,7 @@ def exist(noun: str, present: bool) -> Question:
 def main_questions(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -> list[Question]:
     """The questions that a scene was composed for, in random order, the ones of its own kind among them.
 
-    Besides its own question a depth or distance scene may get relation questions; none follows from another.
+    A depth or distance scene may get a relation question besides its own; none follows from another.
     `nouns` are what the wrong choices are taken from.
     """
     things = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
@@ -78,8 +78,7 @@ def main_questions(rng: np.random.Generator, scene: Scene, nouns: Sequence[str])
         case "distance":
             anchor, first, second = next(order for order in permutations(things) if nearer_of(*order))
             relations = [q for pair in combinations(things, 2) for q in _relations(pair)]
-            chosen = rng.permutation(len(relations))[:2]
-            asked = [_which_is_nearer(anchor, first, second), *(relations[i] for i in chosen)]
+            asked = [_which_is_nearer(anchor, first, second), relations[rng.integers(len(relations))]]
     return [asked[i] for i in rng.permutation(len(asked))]
 
 
@@ -88,7 +87,7 @@ def conversation(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -
 
     Whether an object exists is asked with "yes" and "no" equally likely, and either before the questions that
     name the scene's objects (twice, independently) or, about an object none of them names, at any place among
-    them. The one exception is an image of a single object: where its name is asked first, what exists follows.
+    them. The one exception is an image of a single object: once its name is asked, what exists follows.
     """
     present = sorted({thing.noun for thing in scene.objects})
     absent = [noun for noun in nouns if noun not in present]

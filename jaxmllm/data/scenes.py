@@ -10,9 +10,9 @@ known answer: see `scene_questions.py`. There are five kinds of layout:
     depth      two or three objects standing on a ground plane, some behind others
 
 All but `depth` are flat: cards on a wall that faces the camera. Their depth map is 0 on the wall and
-`CARD_DEPTH` on the cards. In a `depth` scene the map is nearness, proportional to 1 / distance: 0 at the horizon
-and in the sky, 1 where the ground meets the lower edge of the image. Ground seen at row y has nearness
-(y - horizon) / (size - horizon); an object has that of the ground under its foot, and a size proportional to it.
+`CARD_DEPTH` on the cards. In a `depth` scene the map is nearness, proportional to 1 / distance: 0 at the
+horizon and in the sky, 1 where the ground meets the lower edge of the image. Ground at row y has nearness
+(y - horizon) / (size - horizon); an object has that of the ground under its foot, and a size in proportion.
 """
 
 import io
@@ -181,10 +181,13 @@ def _pick(rng: np.random.Generator, nouns: Sequence[str], count: int) -> list[st
 def _scatter(rng: np.random.Generator, nouns: list[str], size: int, low: float, high: float) -> list[_Placed]:
     """One object of each noun, sides in [low, high) pixels, anywhere but with boxes that do not overlap."""
     while True:
-        sprites = [_sprite(rng, noun, side) for noun, side in zip(nouns, rng.uniform(low, high, len(nouns)))]
+        sprites = [
+            _sprite(rng, noun, side)
+            for noun, side in zip(nouns, rng.uniform(low, high, len(nouns)), strict=True)
+        ]
         corners = rng.random((len(nouns), 2))
         placed = []
-        for noun, sprite, (x, y) in zip(nouns, sprites, corners):
+        for noun, sprite, (x, y) in zip(nouns, sprites, corners, strict=True):
             height, width = sprite.mask.shape
             placed.append(
                 _Placed(noun, sprite, int(x * (size - width + 1)), int(y * (size - height + 1)), CARD_DEPTH)
@@ -223,7 +226,7 @@ def _count(rng: np.random.Generator, nouns: Sequence[str], size: int) -> list[_P
     )
     pitch = size / 3
     placed = []
-    for noun, cell in zip(crowd, rng.permutation(9)):
+    for noun, cell in zip(crowd, rng.permutation(9), strict=False):
         sprite = _sprite(rng, noun, rng.uniform(0.8, 0.95) * pitch)
         x, y = rng.random(2)
         height, width = sprite.mask.shape
@@ -258,13 +261,13 @@ def _stand(rng: np.random.Generator, nouns: Sequence[str], size: int) -> Scene:
         if any(near < 1.2 * far for far, near in pairwise(depths)):
             continue
         placed = []
-        for noun, depth, foot in zip(chosen, depths, feet):
+        for noun, depth, foot in zip(chosen, depths, feet, strict=True):
             sprite = _sprite(rng, noun, 0.62 * depth * size)
             height, width = sprite.mask.shape
             placed.append(_Placed(noun, sprite, int(rng.integers(size - width + 1)), foot - height, depth))
         scene = _paint("depth", Image.fromarray(picture), backdrop.copy(), placed)
         seen = np.bincount(scene.instances.ravel(), minlength=len(placed) + 1)[1:]
-        if all(count >= MIN_VISIBLE * p.sprite.mask.sum() for count, p in zip(seen, placed)):
+        if all(count >= MIN_VISIBLE * p.sprite.mask.sum() for count, p in zip(seen, placed, strict=True)):
             return scene
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxmllm import mesh
 from jaxmllm.batch import EncoderInput
 from jaxmllm.nn.attention import Attention
-from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Linear, Norm, Table, normal
+from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Init, Linear, Norm, Table, normal
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -134,7 +134,7 @@ class ViT(nn.Module):
         x = Linear((self.width,), (None, None, "embed"), kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
         x = mesh.reshape(x, x.shape[0], grid * grid, self.width)
         tokens = grid * grid + self.class_token
-        table = Table((tokens, self.width), normal(0.02), name="positions")().astype(x.dtype)
+        table = Table((tokens, self.width), sincos_table(grid), name="positions")().astype(x.dtype)
         lead = []
         if self.class_token:
             lead.append(Table((1, self.width), normal(0.02), name="class_token")().astype(x.dtype) + table[:1])
@@ -145,6 +145,19 @@ class ViT(nn.Module):
             lead = jnp.concatenate(lead)[None]
             x = jnp.concatenate([mesh.shard(jnp.broadcast_to(lead, (x.shape[0], *lead.shape[1:])), "batch"), x], 1)
         return x
+
+
+def sincos_table(grid: int) -> Init:
+    """Fixed sine-cosine positions in two dimensions as a start (Chen et al. 2021, MoCo v3); a class token's row is 0."""
+
+    def init(key, shape, dtype=jnp.float32):
+        half = shape[1] // 4
+        angle = jnp.arange(grid)[:, None] * 10000.0 ** (-jnp.arange(half) / half)
+        line = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)  # [grid, width/2]
+        table = jnp.concatenate([jnp.tile(line, (grid, 1)), jnp.repeat(line, grid, 0)], 1)
+        return jnp.pad(table, ((shape[0] - grid * grid, 0), (0, shape[1] - table.shape[1]))).astype(dtype)
+
+    return init
 
 
 def conv_patches(x: jax.Array) -> jax.Array:

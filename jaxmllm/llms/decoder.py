@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxmllm import mesh
 from jaxmllm.batch import Visual
 from jaxmllm.nn.attention import Attention
-from jaxmllm.nn.primitives import MLP, Embed, Norm, normal
+from jaxmllm.nn.primitives import MLP, Embed, Norm
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
 
@@ -48,7 +48,7 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, positions, segments, cache_index):
-        init = normal(0.02)
+        init = nn.initializers.lecun_normal()
         attn = Attention(
             self.heads,
             self.head_dim,

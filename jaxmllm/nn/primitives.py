@@ -92,10 +92,10 @@ class Embed(_Params):
 
     vocab: int
     width: int
-    init: Init = normal(0.02)
 
     def setup(self):
-        self.table = self.weight("embedding", self.init, (self.vocab, self.width), ("vocab", "embed"))
+        init = normal(self.width**-0.5)
+        self.table = self.weight("embedding", init, (self.vocab, self.width), ("vocab", "embed"))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32[B, S] -> [B, S, H]."""

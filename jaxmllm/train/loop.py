@@ -10,14 +10,16 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh as meshes
+from jaxmllm.batch import empty_batch
 from jaxmllm.config import Run, Stage, check_resumable, to_json
-from jaxmllm.data.loader import build_loader, example_batch
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
 from jaxmllm.train.metrics import Reporter
 from jaxmllm.train.optim import optimizer, schedule
@@ -29,8 +31,8 @@ class Stopped(Exception):
     """The run was told to stop (SIGTERM, SIGINT) and has saved its state."""
 
 
-def run(config: Run, workdir: str) -> None:
-    """Trains all stages of `config` in `workdir`. Raises ConfigError for a workdir of another config, Stopped after a
+def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any]) -> None:
+    """Trains all stages of `config` in `workdir` on the batches of `make_loader(stage)`. Raises ConfigError for a workdir of another config, Stopped after a
     signal, FloatingPointError for a loss that is not finite."""
     path, main = Path(workdir) / "config.json", jax.process_index() == 0
     if path.exists():
@@ -42,23 +44,25 @@ def run(config: Run, workdir: str) -> None:
     with jax.set_mesh(mesh):
         previous = None
         for stage in config.stages:
-            previous = run_stage(config, stage, mesh, workdir, previous)
+            previous = run_stage(config, stage, mesh, workdir, previous, make_loader)
 
 
-def initial_params(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> Params:
-    """Fresh parameters, made on the devices in their shards; call under jit or eval_shape."""
-    batch = meshes.to_global(example_batch(config.data, config.model.layout, meshes.data_shards(mesh)), mesh)
-    variables = config.model.init(jax.random.key(config.seed), batch, ("next_token", *config.model.distill))
-    return flatten(variables["params"])
+def initial_params(config: Run) -> Params:
+    """Fresh parameters, made on the devices in their shards; call under jit or eval_shape, with a mesh set."""
+    data, model = config.data, config.model
+    rows = meshes.data_shards(jax.sharding.get_abstract_mesh())
+    batch = empty_batch(model.layout, rows, data.seq_len, data.image_slots, model.target_shapes)
+    batch = jax.tree.map(lambda x: meshes.shard(jnp.asarray(x), "batch"), batch)
+    return flatten(model.init(jax.random.key(config.seed), batch, ("next_token", *model.distill))["params"])
 
 
-def run_stage(config: Run, stage: Stage, mesh, workdir: str, previous: StageCheckpoints | None) -> StageCheckpoints:
+def run_stage(config: Run, stage: Stage, mesh, workdir: str, previous, make_loader) -> StageCheckpoints:
     """Trains one stage from its newest checkpoint, else from the stage before, else from scratch."""
     checkpoints = StageCheckpoints(workdir, stage.name, config.keep, to_json(config))
     if checkpoints.latest() == stage.steps:
         return checkpoints
     dtype = jnp.dtype(config.compute_dtype)
-    abstract = abstract_on(mesh, jax.eval_shape(lambda: initial_params(config, stage, mesh)))
+    abstract = abstract_on(mesh, jax.eval_shape(lambda: initial_params(config)))
     table = match_rules(stage.rules, list(abstract))
     tx = optimizer(stage.optim, stage.steps, table)
 
@@ -66,9 +70,9 @@ def run_stage(config: Run, stage: Stage, mesh, workdir: str, previous: StageChec
         trainable, frozen = split(params, table, dtype)
         return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
 
-    loader = build_loader(config, stage, workdir)
+    loader = make_loader(stage)
     if checkpoints.latest() is None:
-        params = previous.restore_params(abstract) if previous else jax.jit(lambda: initial_params(config, stage, mesh))()
+        params = previous.restore_params(abstract) if previous else jax.jit(lambda: initial_params(config))()
         state = jax.jit(fresh)(params)
         checkpoints.save_frozen(state.frozen)
     else:

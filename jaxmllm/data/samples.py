@@ -1,0 +1,147 @@
+"""A record -> one sample: tokens, labels, where the picture's tokens stand, pixels, targets.
+
+The tokens of a picture are counted here, from the picture's own size, and nothing is ever cut: what does not
+fit in a row is refused. So the tokens in a row and the features of its pictures cannot disagree later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmllm.batch import VisualLayout
+from jaxmllm.data.images import open_image, padding, prepare_all, token_mask
+from jaxmllm.data.sources import BadSample, Record
+from jaxmllm.data.targets import Targets
+from jaxmllm.data.templates import IMAGE, ChatTemplate
+from jaxmllm.data.tokenizer import Tokenizer
+
+__all__ = ["BadSample", "SampleSpec", "make_sample", "make_tokens"]
+
+IGNORE = -100  # label of a place without loss
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSpec:
+    """How records become samples. Raises ValueError if the tokenizer lacks a token of the template."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    layout: VisualLayout
+    seq_len: int  # S, tokens of a row
+    image_slots: int  # I, pictures of a row
+    targets: Targets | None = None
+
+    def __post_init__(self):
+        for marker in self.template.markers():
+            if self.tokenizer.backend.token_to_id(marker) is None:
+                lack = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"
+                raise ValueError(f"template {self.template.name} needs {lack}")
+
+    @property
+    def target_shapes(self) -> dict[str, tuple[int, int]]:
+        """Teacher name -> (n, d)."""
+        return self.targets.spec() if self.targets else {}
+
+
+def make_sample(
+    record: Record, index: int, spec: SampleSpec, reply_open: bool = False
+) -> dict[str, np.ndarray]:
+    """The sample of a record, n tokens and m pictures (0 if text only). Raises BadSample.
+
+    tokens int32[n], 0 where a visual token stands; labels int32[n]: at place t the token at t + 1 if that is
+    trained, else -100; visual int32[n]: j * T + t for token t of picture j, -1 for text; per encoder E
+    images/E uint8[m, px, px, 3] and padding/E int32[m, 2]; per teacher X targets/X float32[m, n_X, d_X] and
+    target_mask/X bool[m]; sample_id int32[1], the index; image_count int32[1], m. reply_open: the last turn
+    is a question, and the sample ends where its answer begins.
+    """
+    images = [open_image(record, blob) for blob in record.images]
+    sizes = [image.size for image in images]
+    tokens, labels, visual = make_tokens(record, sizes, spec, reply_open)
+    sample = {
+        "tokens": tokens,
+        "labels": labels,
+        "visual": visual,
+        "sample_id": np.array([index], np.int32),
+        "image_count": np.array([len(images)], np.int32),
+    }
+    encoders = spec.layout.encoders
+    pixels = [prepare_all(record, blob, image, encoders) for blob, image in zip(record.images, images)]
+    for name, encoder in encoders.items():
+        empty = np.empty((0, encoder.size, encoder.size, 3), np.uint8)
+        sample[f"images/{name}"] = np.stack([p[name] for p in pixels]) if pixels else empty
+        pads = [padding(*size, encoder.grid) for size in sizes]
+        sample[f"padding/{name}"] = np.array(pads, np.int32).reshape(-1, 2)
+    found = [spec.targets(record, j) for j in range(len(images))] if spec.targets else []
+    for name, shape in spec.target_shapes.items():
+        values = np.zeros((len(images), *shape), np.float32)
+        for j, targets in enumerate(found):
+            if name in targets:
+                values[j] = targets[name]
+        sample[f"targets/{name}"] = values
+        sample[f"target_mask/{name}"] = np.array([name in targets for targets in found], bool)
+    return sample
+
+
+def make_tokens(
+    record: Record, sizes: Sequence[tuple[int, int]], spec: SampleSpec, reply_open: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens, labels, visual of `make_sample`, from the (width, height) of the pictures. Raises BadSample."""
+    pieces = spec.template.pieces(exchanges(record, len(sizes), reply_open))
+    tokens, trained, visual, image = [], [], [], 0
+    for text, is_trained in pieces:
+        for k, part in enumerate(text.split(IMAGE)):
+            if k:
+                places = image_places(image, sizes[image], spec.layout)
+                tokens += [0] * len(places)
+                visual += places
+                image += 1
+            ids = spec.tokenizer.encode(part) if part else []
+            tokens += ids
+            visual += [-1] * len(ids)
+        trained += [is_trained] * (len(tokens) - len(trained))
+    if len(tokens) > spec.seq_len:
+        raise record.bad("too long", f"{len(tokens)} tokens, and a row has {spec.seq_len}")
+    if image > spec.image_slots:
+        raise record.bad("too many pictures", f"{image}, and a row has {spec.image_slots}")
+    ids = np.array(tokens, np.int32)
+    labels = np.full_like(ids, IGNORE)
+    labels[:-1] = np.where(trained[1:], ids[1:], IGNORE)
+    return ids, labels, np.array(visual, np.int32)
+
+
+def image_places(image: int, size: tuple[int, int], layout: VisualLayout) -> list[int]:
+    """j * T + t of the tokens of picture j = `image` that stand in the row: its grid, then the task tokens."""
+    grid = np.flatnonzero(token_mask(*size, layout.grid, layout.newline))
+    start = image * layout.block
+    return [*(grid + start).tolist(), *range(start + layout.patch_slots, start + layout.block)]
+
+
+def exchanges(record: Record, pictures: int, reply_open: bool) -> list[tuple[str, str | None]]:
+    """(question, answer) pairs of a conversation; if reply_open, the last answer is None. Raises BadSample."""
+    turns = record.data.get("conversations")
+    try:
+        turns = [(turn["from"], turn["value"].strip()) for turn in turns]
+    except (TypeError, KeyError, AttributeError):
+        raise record.bad("no conversation", 'a list of {"from", "value"} is needed') from None
+    if turns and turns[0][0] != "human":
+        turns = turns[1:]  # as LLaVA does: some sets start with an answer
+    if not turns:
+        raise record.bad("no conversation", "it has no question")
+    for k, (who, text) in enumerate(turns):
+        if who != ("human", "gpt")[k % 2]:
+            raise record.bad("turns do not alternate", f"turn {k} is from {who!r}")
+        if k % 2 and not text:
+            raise record.bad("empty answer", f"turn {k}")
+        if k % 2 and IMAGE in text:
+            raise record.bad("wrong number of <image>", f"there is one in the answer, turn {k}")
+    if len(turns) % 2 != reply_open:
+        last = "an answer" if reply_open else "a question"
+        raise record.bad("turns do not alternate", f"the last turn is {last}")
+    written = sum(text.count(IMAGE) for _, text in turns)
+    if written != pictures:
+        raise record.bad("wrong number of <image>", f"{written} in the text, {pictures} pictures")
+    answers = [text for _, text in turns[1::2]]
+    return list(zip((text for _, text in turns[::2]), [*answers, None]))

@@ -1,0 +1,42 @@
+"""One picture of what a model says: scenes with question, answer and truth."""
+
+from __future__ import annotations
+
+import textwrap
+
+from PIL import Image, ImageDraw, ImageFont
+
+from jaxmllm.eval.benchmark import Row, correct_text, is_right
+
+CARD, PICTURE, MARGIN = (250, 330), 230, 10
+INK, PAPER, RIGHT, WRONG = "#1d1d1f", "#ffffff", "#1a7f37", "#cf222e"
+
+
+def draw_sheet(rows: list[Row], replies: list[str], path: str, columns: int = 6, count: int = 24) -> None:
+    """Writes a PNG of `count` cards, taken in turn from every task so that all kinds are seen."""
+    tasks: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        tasks.setdefault(row["task"], []).append(i)
+    picked = [i for group in zip(*tasks.values()) for i in group][:count]
+    lines = -(-len(picked) // columns)
+    sheet = Image.new("RGB", (columns * CARD[0] + MARGIN, lines * CARD[1] + MARGIN), "#eef0f3")
+    for place, i in enumerate(sorted(picked, key=lambda i: list(tasks).index(rows[i]["task"]))):
+        at = (MARGIN + place % columns * CARD[0], MARGIN + place // columns * CARD[1])
+        sheet.paste(card(rows[i], replies[i]), at)
+    sheet.save(path)
+
+
+def card(row: Row, reply: str) -> Image.Image:
+    """One scene with its question, the model's answer and, if that is wrong, the truth."""
+    width, height = CARD[0] - MARGIN, CARD[1] - MARGIN
+    image = Image.new("RGB", (width, height), PAPER)
+    with Image.open(row["image"]) as picture:
+        side = PICTURE - MARGIN
+        image.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (MARGIN, MARGIN))
+    draw, font, bold = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(15)
+    question = "\n".join(textwrap.wrap(row["question"], 36)[:3])
+    draw.multiline_text((MARGIN, PICTURE + 6), question, INK, font, spacing=3)
+    ok = is_right(row, reply)
+    answer = reply if ok else f"{reply}   (truth: {correct_text(row)})"
+    draw.text((MARGIN, height - 28), answer[:34], RIGHT if ok else WRONG, bold)
+    return image

@@ -1,0 +1,209 @@
+"""Which foreign tensor is which of our parameters, family by family.
+
+Each function takes the module (its fields give the sizes) and returns a table relative to it; `under` puts it in its
+place. Key layouts are those of published checkpoints: Hugging Face's for the encoders and language models, the authors'
+for MMFuser, Cambrian-1 and VisPer-LM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxmllm.aggregators.sva import SVA
+from jaxmllm.encoders.vit import ViT
+from jaxmllm.llms.decoder import Decoder
+from jaxmllm.mllm import MLLM
+from jaxmllm.objectives.embed_distill import EmbedDistill, Predictor
+from jaxmllm.weights.convert import CELLS, CONV, FLAT, LEAD, Table, copy, dense, ignore, join, norm
+
+
+# Language models
+
+
+def llama(decoder: Decoder) -> Table:
+    """LlamaForCausalLM, Qwen2ForCausalLM (which has biases on q, k, v) and others with their names."""
+    bias = decoder.qkv_bias
+    attention = join(dense(f"self_attn.{x}_proj", f"attn/{x}", bias=bias) for x in "qkv")
+    mlp = join(dense(f"mlp.{x}_proj", f"mlp/{x}", bias=False) for x in ("gate", "up"))
+    return _causal_lm(decoder, attention + mlp)
+
+
+def phi3(decoder: Decoder) -> Table:
+    """Phi3ForCausalLM: as Llama, but q, k, v are one tensor, and so are gate and up."""
+    attention = join(dense("self_attn.qkv_proj", f"attn/{x}", bias=False) for x in "qkv")
+    mlp = join(dense("mlp.gate_up_proj", f"mlp/{x}", bias=False) for x in ("gate", "up"))
+    return _causal_lm(decoder, attention + mlp)
+
+
+def _causal_lm(decoder: Decoder, block: Table) -> Table:
+    block += dense("self_attn.o_proj", "attn/out", inputs=3, bias=False) + dense("mlp.down_proj", "mlp/down", bias=False)
+    block += norm("input_layernorm", "norm1", bias=False) + norm("post_attention_layernorm", "norm2", bias=False)
+    block += ignore(r"self_attn\.rotary_emb\.inv_freq")  # a constant that old checkpoints hold
+    table = copy("model.embed_tokens.weight", "embedding/embedding") + norm("model.norm", "norm", bias=False)
+    for i in range(decoder.layers):
+        path, index = decoder.layer_path(i)
+        table += block.under(f"model.layers.{i}.", f"{path}/", index)
+    return table + (ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding"))
+
+
+# Vision encoders. Blocks after the last tap, and the final norm if no tap needs it, are left out.
+
+
+def clip_vision(vit: ViT) -> Table:
+    """CLIPVisionModel (keys start with "vision_model." in the published files)."""
+    table = copy("embeddings.class_embedding", "class_token/value", FLAT) + norm("pre_layrnorm", "pre_norm")
+    return table + _clip_like(vit, "post_layernorm") + ignore(r"embeddings\.position_ids")
+
+
+def siglip_vision(vit: ViT) -> Table:
+    """SiglipVisionModel (keys start with "vision_model." in the published files). Its pooling head is left out."""
+    return _clip_like(vit, "post_layernorm") + ignore(r"embeddings\.position_ids", r"head\..*")
+
+
+def _clip_like(vit: ViT, final_norm: str) -> Table:
+    block = join(dense(f"self_attn.{x}_proj", f"attn/{x}") for x in "qkv")
+    block += dense("self_attn.out_proj", "attn/out", inputs=3)
+    block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down")
+    block += norm("layer_norm1", "norm1") + norm("layer_norm2", "norm2")
+    table = _patches("embeddings.patch_embedding", vit) + copy("embeddings.position_embedding.weight", "positions/value")
+    return table + _blocks(vit, "encoder.layers", block) + _final_norm(vit, final_norm)
+
+
+def dinov2(vit: ViT) -> Table:
+    """Dinov2Model, with or without registers, MLP or SwiGLU."""
+    names = (("query", "q"), ("key", "k"), ("value", "v"))
+    block = join(dense(f"attention.attention.{theirs}", f"attn/{ours}") for theirs, ours in names)
+    block += dense("attention.output.dense", "attn/out", inputs=3)
+    if vit.gated:
+        block += dense("mlp.weights_in", "mlp/gate") + dense("mlp.weights_in", "mlp/up")
+        block += dense("mlp.weights_out", "mlp/down")
+    else:
+        block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down")
+    block += join(norm(f"norm{i}", f"norm{i}") + copy(f"layer_scale{i}.lambda1", f"scale{i}/value") for i in (1, 2))
+    table = copy("embeddings.cls_token", "class_token/value", LEAD) + ignore(r"embeddings\.mask_token")
+    table += copy("embeddings.position_embeddings", "positions/value", LEAD)
+    if vit.registers:
+        table += copy("embeddings.register_tokens", "registers/value", LEAD)
+    table += _patches("embeddings.patch_embeddings.projection", vit)
+    return table + _blocks(vit, "encoder.layer", block) + _final_norm(vit, "layernorm")
+
+
+def _patches(key: str, vit: ViT) -> Table:
+    table = copy(f"{key}.weight", "patch/kernel", CONV)
+    return table + copy(f"{key}.bias", "patch/bias") if vit.patch_bias else table
+
+
+def _blocks(vit: ViT, key: str, block: Table) -> Table:
+    depth = max(vit.taps)
+    used = join(block.under(f"{key}.{i}.", "blocks/layers/block/", (i,)) for i in range(depth))
+    return used + ignore(*(rf"{key}\.{i}\..*" for i in range(depth, vit.layers)))
+
+
+def _final_norm(vit: ViT, key: str) -> Table:
+    return norm(key, "final_norm") if vit.final_norm else ignore(rf"{key}\..*")
+
+
+# The visual path
+
+
+def mlp(key: str, path: str, first: int = 0) -> Table:
+    """Linear, activation, Linear in a torch Sequential from its place `first` on (LLaVA's mlp2x_gelu)."""
+    return dense(f"{key}.{first}", f"{path}/up") + dense(f"{key}.{first + 2}", f"{path}/down")
+
+
+def deformable_attention() -> Table:
+    """MSDeformAttn of Deformable DETR."""
+    table = dense("sampling_offsets", "sampling_offsets", bias=False)
+    table += copy("sampling_offsets.bias", "offset_bias/value", FLAT)
+    table += dense("attention_weights", "attention_weights") + dense("value_proj", "value_proj")
+    return table + dense("output_proj", "output_proj", inputs=2)
+
+
+def mmfuser() -> Table:
+    """MSCrossAttnBlock of MMFuser."""
+    table = copy("gamma1", "scale_outer/value") + copy("gamma2", "scale_inner/value")
+    table += join(norm(name, name) for name in ("query_norm", "feat_norm", "norm1"))
+    return table + join(deformable_attention().under(f"{x}.", f"{x}/") for x in ("cross_attn", "self_attn"))
+
+
+def sva_layer(windows: list[int]) -> Table:
+    """VisionCrossAttentionLayer of Cambrian-1; windows: side of the window in each encoder."""
+    table = dense("proj_context", "proj_context", bias=False) + dense("proj_in", "proj_in", bias=False)
+    table += norm("cross_attn.q_proj.0", "q_norm") + dense("cross_attn.q_proj.1", "q_proj", bias=False)
+    for k, window in enumerate(windows):
+        for x in "kv":
+            table += norm(f"cross_attn.{x}_proj_{k}.0", f"{x}_norm_{k}")
+            table += dense(f"cross_attn.{x}_proj_{k}.1", f"{x}_proj_{k}", bias=False)
+        if window > 1:
+            table += copy(f"pos_embed_{k}", f"pos_embed_{k}/value", CELLS)
+    table += dense("cross_attn.o_proj", "o_proj", inputs=2, bias=False) + norm("norm", "norm")
+    return table + join(dense(f"proj_out.{x}", x, bias=False) for x in ("linear_1", "linear_2"))
+
+
+def sva(aggregator: SVA, grids: Mapping[str, int]) -> Table:
+    """Cambrian-1's connector; grids: encoder name -> side of its map, in their order."""
+    table = copy("vision_query", "query/value") + mlp("mm_projector", "projector")
+    if aggregator.newline:
+        table += copy("image_newline", "newline/value")
+    for k, name in enumerate(grids):
+        key = f"mm_projector_aux_{k}"
+        table += mlp(key, f"projector_{name}") + norm(f"{key}.3", f"projector_norm_{name}")
+    for g, side in enumerate(aggregator.groups or (aggregator.grid,)):
+        layer = sva_layer([grid // side for grid in grids.values()])
+        for i in range(aggregator.depth):
+            table += layer.under(f"vision_sampler_{g}.layers.{i}.", f"group_{g}_layer_{i}/")
+    return table
+
+
+def cambrian(model: MLLM) -> Table:
+    """CambrianLlamaForCausalLM without its encoders (which its checkpoints do not hold)."""
+    grids = {name: encoder.grid for name, encoder in model.layout.encoders.items()}
+    table = llama(model.llm).under("", "llm/") + sva(model.aggregator, grids).under("model.", "aggregator/")
+    if model.llm.inserts:
+        layer = sva_layer([grid // model.aggregator.grid for grid in grids.values()])
+        last = model.llm.inserts.count - 1
+        for j in range(last + 1):
+            path, index = ("groups", (j,)) if j < last else ("tail", ())
+            table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", f"llm/{path}/insert/layer/", index)
+    return table
+
+
+def llava(model: MLLM) -> Table:
+    """LlavaLlamaForCausalLM with the MLP projector of LLaVA-1.5, without its encoder."""
+    return llama(model.llm).under("", "llm/") + mlp("model.mm_projector", "aggregator/projector")
+
+
+def mmfuser_llava(model: MLLM) -> Table:
+    """The same with MMFuser in front of the projector's two layers, in one Sequential."""
+    (encoder,) = model.fusers
+    table = mmfuser().under("model.mm_projector.0.", f"fusers_{encoder}/")
+    return table + mlp("model.mm_projector", "aggregator/projector", 1) + llama(model.llm).under("", "llm/")
+
+
+# Objectives
+
+
+def visper_head(predictor: Predictor) -> Table:
+    """Task-token heads of VisPer-LM: depth (with `maps`), seg and gen."""
+    table = dense("proj_in", "proj_in") + dense("proj_out", "proj_out") + norm("norm_out", "norm_out")
+    for i in range(predictor.blocks):
+        key, path = f"layers.{i}", f"block_{i}"
+        table += norm(f"{key}.0.norm1", f"{path}_norm_x") + norm(f"{key}.0.norm2", f"{path}_norm_z")
+        table += dense(f"{key}.0.to_q", f"{path}_q", bias=False)
+        table += join(dense(f"{key}.0.to_kv", f"{path}_{x}", bias=False) for x in "kv")
+        table += dense(f"{key}.0.to_out", f"{path}_out", inputs=2, bias=False)
+        table += norm(f"{key}.1.0", f"{path}_ff_norm")
+        table += dense(f"{key}.1.1", f"{path}_ff/up", bias=False) + dense(f"{key}.1.3", f"{path}_ff/down", bias=False)
+    return table.under("projector.", "") + join(mlp(f"linear_{i}", f"map_{i}") for i in range(1, predictor.maps + 1))
+
+
+def visper(model: MLLM) -> Table:
+    """OlaLlavaLlamaForCausalLM without its encoder and teachers; model.distill is named as its tasks: depth, seg, gen."""
+    table = llava(model)
+    for task, teacher in model.distill.items():
+        table += copy(f"model.special_{task}_tokens", f"distill_{task}/table/value")
+        table += copy(f"{task}_logit_scale", f"distill_{task}/logit_scale/value")
+        head = visper_head(teacher.predictor())
+        for i in range(len(teacher.layers)):
+            table += head.under(f"image_{task}_heads.{i}.", f"distill_{task}/predictors_{i}/")
+    return table
