@@ -41,8 +41,8 @@ def model() -> MLLM:
             **SMALL,
         ),
         distill={
-            "depth": EmbedDistill(GRID * GRID, 4, WIDTH, layers=(2,), tokens=4, predictor_width=48, heads=2),
-            "seg": EmbedDistill(GRID * GRID, 16, WIDTH, layers=(2,), tokens=4, predictor_width=48, heads=2),
+            "depth": EmbedDistill(GRID * GRID, 4, WIDTH, layers=(2,), tokens=4, predictor_width=96, heads=2, aligned=True, norm_out=False),
+            "seg": EmbedDistill(GRID * GRID, 16, WIDTH, layers=(2,), tokens=4, predictor_width=96, heads=2, aligned=True, norm_out=False),
         },
         vocab_chunk=256,
     )

@@ -95,9 +95,14 @@ class VisualLayout:
     task_tokens: int
 
     @property
+    def columns(self) -> int:
+        """Tokens of one line of the grid, its newline included."""
+        return self.grid + self.newline
+
+    @property
     def patch_slots(self) -> int:
         """P: tokens an aggregator makes of one image."""
-        return self.grid * (self.grid + self.newline)
+        return self.grid * self.columns
 
     @property
     def block(self) -> int:

@@ -71,8 +71,7 @@ class MLLM(nn.Module):
             tasks = jnp.broadcast_to(tasks, (block.shape[0], *tasks.shape))
             block = jnp.concatenate([block, mesh.shard(tasks, "batch", None, None)], 1)
         block = mesh.reshape(block, b, slots * layout.block, block.shape[-1])
-        columns = layout.grid + layout.newline
-        return block, Visual(tokens.memory, batch.visual_positions, batch.visual_index, layout.grid, columns)
+        return block, Visual(tokens.memory, batch.visual_positions, batch.visual_index, layout.grid, layout.columns)
 
     def hidden(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
         """-> (states after the final norm [B, S, H], {layer: states}, cache)."""
@@ -95,10 +94,8 @@ class MLLM(nn.Module):
                 metrics["accuracy"] = Term(hit.astype(jnp.float32), terms["next_token"].mask)
         for name, teacher in teachers.items():
             with jax.named_scope(f"distill_{name}"):
-                visible, places = self.task_places(batch, name)
-                predictions = [
-                    teacher.predict(i, tapped[layer], visible, places) for i, layer in enumerate(teacher.layers)
-                ]
+                where = self.task_places(batch, name)
+                predictions = [teacher.predict(i, tapped[layer], *where) for i, layer in enumerate(teacher.layers)]
                 target, n = batch.targets[name], predictions[0].shape[0]
                 mask = mesh.reshape(batch.target_mask[name], n)
                 terms[name] = teacher(predictions, mesh.reshape(target, n, *target.shape[2:]), mask)
@@ -108,19 +105,23 @@ class MLLM(nn.Module):
         """How many values each loss averages over: answer tokens, images with a target. int32 scalars."""
         return {"next_token": (batch.labels != IGNORE).sum()} | {k: m.sum() for k, m in batch.target_mask.items()}
 
-    def task_places(self, batch: Batch, name: str) -> tuple[jax.Array, jax.Array]:
-        """For every image: which tokens of its row teacher `name` may read, bool[B, I, S], and where its task tokens
-        stand, int32[B, I, tokens]. It reads its own sample except other teachers' task tokens."""
+    def task_places(self, batch: Batch, name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """For every image: which tokens of its row teacher `name` may read, bool[B, I, S]; where its task tokens
+        stand, int32[B, I, tokens]; where its patches stand, int32[B, I, L*L]. It reads its own sample except other
+        teachers' task tokens."""
         layout, names = self.layout, list(self.distill)
         start = layout.patch_slots + sum(self.distill[n].tokens for n in names[: names.index(name)])
         stop = start + self.distill[name].tokens
         token = jnp.where(batch.visual_index >= 0, batch.visual_index % layout.block, -1)
         others = (token >= layout.patch_slots) & ((token < start) | (token >= stop))
-        places = jnp.maximum(batch.visual_positions[:, :, start:stop], 0)
+        at = jnp.maximum(batch.visual_positions, 0)
+        b, slots, _ = at.shape
+        patches = mesh.reshape(at[:, :, : layout.patch_slots], b, slots, layout.grid, layout.columns)
+        patches = mesh.reshape(patches[..., : layout.grid], b, slots, layout.grid**2)
         segments = mesh.shard(batch.segment_ids, "batch", None)
-        own = mesh.take_rows(segments[..., None], places[:, :, 0])  # [B, I, 1]: the image's sample
+        own = mesh.take_rows(segments[..., None], at[:, :, start])  # [B, I, 1]: the image's sample
         visible = (segments[:, None] == own) & (segments > 0)[:, None]
-        return visible & ~mesh.shard(others, "batch", None)[:, None], places
+        return visible & ~mesh.shard(others, "batch", None)[:, None], at[:, :, start:stop], patches
 
 
 def content_mask(padding: jax.Array, grid: int) -> jax.Array:

@@ -1,1 +1,1 @@
-"""Disk -> Batch: sources of records, chat templates, samples of tokens and pictures, packed rows, exact resume."""
+"""Disk -> Batch: sources, chat templates, samples of tokens and pictures, packed rows, exact resume."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -27,7 +28,9 @@ class Ledger:
         if os.path.exists(self.path):
             with open(self.path, encoding="utf-8") as file:
                 for line in file:
-                    if line.endswith("\n"):  # else the process died in it, and its sample will come again
+                    with contextlib.suppress(
+                        ValueError
+                    ):  # a line the process died in; its sample comes again
                         entry = json.loads(line)
                         self.reasons[entry["id"]] = entry["reason"]
 

@@ -1,6 +1,6 @@
 """Records -> batches of packed rows, the same on any number of processes, and resumable after any batch.
 
-The shuffled data is dealt to `num_shards` virtual shards. Each has its own Grain iterator and its own packer
+The shuffled data is dealt to `num_shards` virtual shards. Each has its own Grain iterator and its own open rows
 and gives `rows / num_shards` rows of every batch, in the order of the shards:
 
     shard     0     1     2     3          process 0 of 2 makes the rows of shards 0 and 1, process 1 the
@@ -22,13 +22,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxmllm.batch import Batch
+from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.data.ledger import Ledger
-from jaxmllm.data.samples import IGNORE, SampleSpec, make_sample
+from jaxmllm.data.packing import ShardRows
+from jaxmllm.data.samples import Sample, SampleSpec, make_sample
 from jaxmllm.data.sources import BadSample, Source
 
+OPEN_ROWS = 4  # of a shard; more leave less padding, but more to read again on resume
 SAMPLES = 64  # at most so many samples in a packed row; the width of info["sample_ids"]
-FILLER = {"labels": IGNORE, "visual": -1, "sample_id": -1}  # what unused places of a row hold; elsewhere 0
 
 
 class Loader:
@@ -38,18 +39,22 @@ class Loader:
     source (sources are numbered on, one behind the other), -1 where there is none; "tokens", "images" = how
     many of them are no padding; "dropped" = distinct bad samples known to the ledger.
 
-    Memory: besides the batches, each shard holds two sets of `bins * rows / num_shards` rows with their
-    pictures, and 2 * threads samples: with bins = 4 about 8 + prefetch batches in all.
+    Memory: besides `prefetch` batches and the one in use, OPEN_ROWS rows' samples per shard and 2 * threads
+    samples per shard.
 
     Args:
-      sources: data sets with their shares of the samples. spec: how records become samples. ledger: where
-      bad samples are noted. rows: B, rows of the global batch; a multiple of num_shards. num_shards: virtual
-      shards; a multiple of process_count. Another number gives other batches. seed: of the order. packing:
-      several samples per row; otherwise one. bins: rows that are filled side by side, in units of the rows
-      of a batch; more bins, less padding. threads: how many pictures are decoded at once; 0 decodes in the
-      thread that packs. Never changes the batches. prefetch: batches made ahead.
+      sources: data sets with their shares of the samples.
+      spec: how records become samples.
+      ledger: where bad samples are noted.
+      rows: B, rows of the global batch; a multiple of num_shards.
+      num_shards: virtual shards; a multiple of process_count. Another number gives other batches.
+      seed: of the order.
+      packing: several samples per row; otherwise one.
+      threads: how many samples are made at once (default: the cores but two). With 0 they are made one by
+        one, in the thread that makes batches. Never changes the batches.
+      prefetch: batches made ahead.
 
-    Raises ValueError for numbers that do not divide or sources without records; `next` raises
+    Raises ValueError for numbers that do not divide and for sources without records; `next` raises
     TooManyBadSamples.
     """
 
@@ -63,7 +68,6 @@ class Loader:
         num_shards: int = 8,
         seed: int = 0,
         packing: bool = True,
-        bins: int = 4,
         threads: int | None = None,
         prefetch: int = 2,
         process_index: int = 0,
@@ -80,14 +84,13 @@ class Loader:
             threads = max((os.cpu_count() or 1) - 2, 0)
         self.spec, self.ledger, self.prefetch = spec, ledger, prefetch
         self.shard_rows = rows // num_shards
+        self.width = SAMPLES if packing else 1
         own = num_shards // process_count
-        self.shards = {}
+        self.shards: dict[str, ShardRows] = {}
         for shard in range(process_index * own, (process_index + 1) * own):
             samples = shard_samples(sources, spec, ledger, seed, shard, num_shards)
-            read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-            limits = capacities(spec, SAMPLES if packing else 1)
-            packed = pack(samples.to_iter_dataset(read), limits, self.shard_rows * bins, seed + shard)
-            self.shards[str(shard)] = iter(packed)
+            capacity = (spec.seq_len, spec.image_slots, self.width)
+            self.shards[str(shard)] = ShardRows(samples, capacity, OPEN_ROWS if packing else 1, threads)
         self.state = self._positions()
         self.maker: ThreadPoolExecutor | None = None
         self.pending: collections.deque[Future] = collections.deque()
@@ -116,7 +119,7 @@ class Loader:
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position: the next batch is the one that followed it. `state` may hold other shards too.
 
-        Rows whose bins were partly used are packed anew, so the first batch takes up to `bins` times as long.
+        The samples that waited in open rows are read again.
         Raises ValueError if a shard of this process is missing.
         """
         if missing := self.shards.keys() - state.keys():
@@ -152,7 +155,7 @@ class Loader:
 
     def _make(self) -> tuple[Batch, dict[str, Any], dict[str, Any]]:
         rows = [next(shard) for shard in self.shards.values() for _ in range(self.shard_rows)]
-        batch, info = join(rows, self.spec)
+        batch, info = join(rows, self.spec, self.width)
         return batch, {**info, "dropped": self.ledger.count}, self._positions()
 
     def _positions(self) -> dict[str, Any]:
@@ -180,9 +183,7 @@ def shard_samples(
     return grain.MapDataset.mix(parts, [weight for _, weight in sources]) if len(parts) > 1 else parts[0]
 
 
-def load(
-    source: Source, first: int, spec: SampleSpec, ledger: Ledger, index: int
-) -> dict[str, np.ndarray] | None:
+def load(source: Source, first: int, spec: SampleSpec, ledger: Ledger, index: int) -> Sample | None:
     """Sample `index` of a source whose ids start at `first`; None if it is bad: the ledger then knows."""
     try:
         return make_sample(source[index], first + index, spec)
@@ -191,55 +192,29 @@ def load(
         return None
 
 
-def capacities(spec: SampleSpec, samples: int) -> dict[str, int]:
-    """Feature of a sample -> how much of it a row holds."""
-    per_image = [f"{kind}/{name}" for kind in ("images", "padding") for name in spec.layout.encoders]
-    per_image += [f"{kind}/{name}" for kind in ("targets", "target_mask") for name in spec.target_shapes]
-    return {
-        **dict.fromkeys(("tokens", "labels", "visual"), spec.seq_len),
-        **dict.fromkeys(per_image, spec.image_slots),
-        **dict.fromkeys(("sample_id", "image_count"), samples),
-    }
-
-
-def pack(samples: grain.IterDataset, limits: dict[str, int], bins: int, seed: int) -> grain.IterDataset:
-    """Rows of whole samples, by first fit, with "tokens_segment_ids" (from 1) and "tokens_positions"."""
-    packed = grain.experimental.FirstFitPackIterDataset(
-        samples,
-        length_struct=limits,
-        num_packing_bins=bins,
-        seed=seed,
-        shuffle_bins=True,  # bins filled last hold less: spread them over the batches
-        meta_features=[name for name in limits if name != "tokens"],
-        padding_struct={name: FILLER.get(name) for name in limits},
-    )
-    # A shard whose samples are all bad would be searched forever.
-    options = grain.experimental.DatasetOptions(filter_raise_threshold_ratio=0.999)
-    return grain.experimental.WithOptionsIterDataset(packed, options)
-
-
-def join(rows: list[dict[str, np.ndarray]], spec: SampleSpec) -> tuple[Batch, dict[str, Any]]:
-    """Packed rows -> (Batch, info without "dropped")."""
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    block, segments, visual = spec.layout.block, stacked["tokens_segment_ids"], stacked["visual"]
-    counts = stacked["image_count"]
-    first_slot = np.cumsum(counts, 1) - counts  # of each sample
-    slot = np.take_along_axis(first_slot, np.maximum(segments - 1, 0), 1)
-    index = np.where(visual >= 0, visual + slot * block, -1).astype(np.int32)
-    places = np.full((len(rows), spec.image_slots * block), -1, np.int32)
-    row, place = np.nonzero(index >= 0)
-    places[row, index[row, place]] = place
-    batch = Batch(
-        tokens=stacked["tokens"],
-        labels=stacked["labels"],
-        segment_ids=segments,
-        positions=stacked["tokens_positions"],
-        visual_index=index,
-        visual_positions=places.reshape(len(rows), spec.image_slots, block),
-        images={name: stacked[f"images/{name}"] for name in spec.layout.encoders},
-        padding={name: stacked[f"padding/{name}"] for name in spec.layout.encoders},
-        targets={name: stacked[f"targets/{name}"] for name in spec.target_shapes},
-        target_mask={name: stacked[f"target_mask/{name}"] for name in spec.target_shapes},
-    )
-    real = {"tokens": int((segments > 0).sum()), "images": int(counts.sum())}
-    return batch, {"sample_ids": stacked["sample_id"], **real}
+def join(rows: Sequence[Sequence[Sample]], spec: SampleSpec, width: int) -> tuple[Batch, dict[str, Any]]:
+    """Rows of samples -> (Batch, info without "dropped"); width: k of "sample_ids"."""
+    batch = empty_batch(spec.layout, len(rows), spec.seq_len, spec.image_slots, spec.target_shapes)
+    ids, tokens, images = np.full((len(rows), width), -1, np.int32), 0, 0
+    for row, samples in enumerate(rows):
+        place = slot = 0
+        for number, sample in enumerate(samples):
+            ids[row, number] = sample.id
+            end, last_slot = place + len(sample.tokens), slot + sample.image_count
+            span, slots = (row, slice(place, end)), (row, slice(slot, last_slot))
+            batch.tokens[span] = sample.tokens
+            batch.labels[span] = sample.labels
+            batch.segment_ids[span] = number + 1
+            batch.positions[span] = np.arange(len(sample.tokens))
+            batch.visual_index[span] = np.where(
+                sample.visual < 0, -1, sample.visual + slot * spec.layout.block
+            )
+            for field in ("images", "padding", "targets", "target_mask"):
+                for name, value in getattr(sample, field).items():
+                    getattr(batch, field)[name][slots] = value
+            place, slot = end, last_slot
+        tokens, images = tokens + place, images + slot
+    row, place = np.nonzero(batch.visual_index >= 0)
+    slot, token = np.divmod(batch.visual_index[row, place], spec.layout.block)
+    batch.visual_positions[row, slot, token] = place
+    return batch, {"sample_ids": ids, "tokens": tokens, "images": images}

@@ -18,7 +18,7 @@ from jaxmllm.data.targets import Targets
 from jaxmllm.data.templates import IMAGE, ChatTemplate
 from jaxmllm.data.tokenizer import Tokenizer
 
-__all__ = ["BadSample", "SampleSpec", "make_sample", "make_tokens"]
+__all__ = ["BadSample", "Sample", "SampleSpec", "make_sample", "make_tokens"]
 
 IGNORE = -100  # label of a place without loss
 
@@ -46,49 +46,61 @@ class SampleSpec:
         return self.targets.spec() if self.targets else {}
 
 
-def make_sample(
-    record: Record, index: int, spec: SampleSpec, reply_open: bool = False
-) -> dict[str, np.ndarray]:
-    """The sample of a record, n tokens and m pictures (0 if text only). Raises BadSample.
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """n tokens and m pictures (0 if text only); the names are those of Batch."""
 
-    tokens int32[n], 0 where a visual token stands; labels int32[n]: at place t the token at t + 1 if that is
-    trained, else -100; visual int32[n]: j * T + t for token t of picture j, -1 for text; per encoder E
-    images/E uint8[m, px, px, 3] and padding/E int32[m, 2]; per teacher X targets/X float32[m, n_X, d_X] and
-    target_mask/X bool[m]; sample_id int32[1], the index; image_count int32[1], m. reply_open: the last turn
-    is a question, and the sample ends where its answer begins.
+    id: int  # index of the record
+    tokens: np.ndarray  # int32[n]; 0 where a visual token stands
+    labels: np.ndarray  # int32[n]; at place t the token at t + 1 if that is trained, else -100
+    visual: np.ndarray  # int32[n]; j * T + t for token t of picture j, -1 for text
+    images: dict[str, np.ndarray]  # encoder -> uint8[m, px, px, 3]
+    padding: dict[str, np.ndarray]  # encoder -> int32[m, 2]
+    targets: dict[str, np.ndarray]  # teacher -> float32[m, n, d]; 0 where it has none for the picture
+    target_mask: dict[str, np.ndarray]  # teacher -> bool[m]
+    image_count: int  # m
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """What it takes of a row: tokens, image slots, samples."""
+        return len(self.tokens), self.image_count, 1
+
+
+def make_sample(record: Record, index: int, spec: SampleSpec, reply_open: bool = False) -> Sample:
+    """The sample of a record. Raises BadSample.
+
+    reply_open: the last turn is a question, and the sample ends where its answer begins.
     """
     images = [open_image(record, blob) for blob in record.images]
     sizes = [image.size for image in images]
     tokens, labels, visual = make_tokens(record, sizes, spec, reply_open)
-    sample = {
-        "tokens": tokens,
-        "labels": labels,
-        "visual": visual,
-        "sample_id": np.array([index], np.int32),
-        "image_count": np.array([len(images)], np.int32),
-    }
     encoders = spec.layout.encoders
     pixels = [prepare_all(record, blob, image, encoders) for blob, image in zip(record.images, images)]
-    for name, encoder in encoders.items():
-        empty = np.empty((0, encoder.size, encoder.size, 3), np.uint8)
-        sample[f"images/{name}"] = np.stack([p[name] for p in pixels]) if pixels else empty
-        pads = [padding(*size, encoder.grid) for size in sizes]
-        sample[f"padding/{name}"] = np.array(pads, np.int32).reshape(-1, 2)
+    pads = {name: [padding(*size, e.grid) for size in sizes] for name, e in encoders.items()}
     found = [spec.targets(record, j) for j in range(len(images))] if spec.targets else []
-    for name, shape in spec.target_shapes.items():
-        values = np.zeros((len(images), *shape), np.float32)
-        for j, targets in enumerate(found):
-            if name in targets:
-                values[j] = targets[name]
-        sample[f"targets/{name}"] = values
-        sample[f"target_mask/{name}"] = np.array([name in targets for targets in found], bool)
-    return sample
+    shapes = spec.target_shapes
+    return Sample(
+        id=index,
+        tokens=tokens,
+        labels=labels,
+        visual=visual,
+        images={k: stack([p[k] for p in pixels], (e.size, e.size, 3), np.uint8) for k, e in encoders.items()},
+        padding={name: stack(pad, (2,), np.int32) for name, pad in pads.items()},
+        targets={k: stack([f.get(k, np.zeros(s)) for f in found], s, np.float32) for k, s in shapes.items()},
+        target_mask={k: stack([k in f for f in found], (), bool) for k in shapes},
+        image_count=len(images),
+    )
+
+
+def stack(items: Sequence, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Items of a shape -> dtype[m, *shape], also if there are none."""
+    return np.array(items, dtype).reshape(-1, *shape)
 
 
 def make_tokens(
     record: Record, sizes: Sequence[tuple[int, int]], spec: SampleSpec, reply_open: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, labels, visual of `make_sample`, from the (width, height) of the pictures. Raises BadSample."""
+    """tokens, labels, visual of a Sample, from the (width, height) of the pictures. Raises BadSample."""
     pieces = spec.template.pieces(exchanges(record, len(sizes), reply_open))
     tokens, trained, visual, image = [], [], [], 0
     for text, is_trained in pieces:
@@ -113,14 +125,14 @@ def make_tokens(
 
 
 def image_places(image: int, size: tuple[int, int], layout: VisualLayout) -> list[int]:
-    """j * T + t of the tokens of picture j = `image` that stand in the row: its grid, then the task tokens."""
+    """j * T + t of the tokens of picture j = `image` that stand in the row: its grid, then task tokens."""
     grid = np.flatnonzero(token_mask(*size, layout.grid, layout.newline))
     start = image * layout.block
     return [*(grid + start).tolist(), *range(start + layout.patch_slots, start + layout.block)]
 
 
-def exchanges(record: Record, pictures: int, reply_open: bool) -> list[tuple[str, str | None]]:
-    """(question, answer) pairs of a conversation; if reply_open, the last answer is None. Raises BadSample."""
+def exchanges(record: Record, pictures: int, reply_open: bool = False) -> list[tuple[str, str | None]]:
+    """(question, answer) pairs; if reply_open, the last answer is None. Raises BadSample."""
     turns = record.data.get("conversations")
     try:
         turns = [(turn["from"], turn["value"].strip()) for turn in turns]

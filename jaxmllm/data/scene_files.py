@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxmllm.data.scene_questions import Question, caption, conversation, heldout_questions
 from jaxmllm.data.scenes import MIN_NOUNS, SIZES, Scene, compose, plurals
+from jaxmllm.data.tokenizer import train_word_tokenizer
 
 FIRST_NOUNS = (
     "frog", "banana", "strawberry", "airplane", "penguin", "octopus", "carrot", "bus",
@@ -25,12 +26,14 @@ FIRST_NOUNS = (
 )  # fmt: skip
 HELDOUT_NOUNS = ("rocket", "mushroom", "turtle", "owl", "cactus", "pineapple", "bicycle", "snowman")
 
-FORMAT = 1  # to be raised when the same arguments would give other files
+FORMAT = 2  # to be raised when the same arguments would give other files
 
 # The kinds of the scenes, over and over. Training leans on what is slow to learn; held-out kinds share alike.
 _TRAIN_KINDS = ("count",) * 6 + ("relation",) * 5 + ("depth",) * 3 + ("distance",) * 2 + ("single",) * 4
 _HELDOUT_KINDS = ("count", "relation", "depth", "distance", "single")
 _SPLITS = {"train": _TRAIN_KINDS, "heldout": _HELDOUT_KINDS, "heldout_nouns": _HELDOUT_KINDS}
+_FILES = ("align", "instruct", "train_rows", "heldout", "heldout_nouns")
+_TRAIN_ROWS = 2000  # training scenes that also become rows: what a rule that does not look can learn from
 _JOB = 100  # scenes that one worker makes between two reports of progress
 
 _README = """\
@@ -46,6 +49,8 @@ CV-Bench; held-out rows only have its columns, so that the same scorer reads bot
   k-th has the value k in the instance map.
 - `heldout.jsonl`: questions about other scenes of the same nouns. `heldout_nouns.jsonl`: about scenes of
   nouns that training never shows. `prompt` is what is asked; `choices` come in random order.
+- `train_rows.jsonl`: such rows about training scenes, for references that do not look at the picture.
+- `tokenizer/`: one token per word of all texts here.
 - `images/SPLIT/ID.jpg`.
 - `depth/SPLIT/ID.png`: 16 bits, nearness * 65535. Where objects stand on ground under a horizon, nearness is
   proportional to 1 / distance: 1 at the lower edge of the image, 0 from the horizon up. Elsewhere objects are
@@ -159,6 +164,7 @@ def make_scenes(
         for start in range(0, count, _JOB):
             jobs.append(_Job(partial_dir, split, range(start, min(start + _JOB, count)), chosen, size, seed))
     _write_records(partial_dir, jobs, processes or os.cpu_count() or 1, progress)
+    train_word_tokenizer(_texts(partial_dir), str(partial_dir / "tokenizer"))
     lists = {"train": available[:nouns], "heldout": HELDOUT_NOUNS}
     plural_of = {split: {noun: plurals()[noun] for noun in chosen} for split, chosen in lists.items()}
     (partial_dir / "nouns.json").write_text(json.dumps(plural_of, indent=1) + "\n")
@@ -166,6 +172,18 @@ def make_scenes(
     (partial_dir / "scenes.json").write_text(json.dumps(made_with) + "\n")
     partial_dir.rename(out_dir)
     return out_dir
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """All that is said in the records and rows of a folder."""
+    for name in _FILES:
+        with open(folder / f"{name}.jsonl") as file:
+            for line in file:
+                record = json.loads(line)
+                if "conversations" in record:
+                    yield from (turn["value"] for turn in record["conversations"])
+                else:
+                    yield from (record["prompt"], record["answer"], *record["choices"])
 
 
 class _Job(NamedTuple):
@@ -181,7 +199,7 @@ class _Job(NamedTuple):
 
 def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
     """Write the images and maps of a job; return the records of each JSONL file, rows without "idx"."""
-    records = {"align": [], "instruct": []} if job.split == "train" else {job.split: []}
+    records = {"align": [], "instruct": [], "train_rows": []} if job.split == "train" else {job.split: []}
     for index in job.indices:
         scene, rng = scene_at(job.split, index, nouns=job.nouns, size=job.size, seed=job.seed)
         paths = _paths(job.split, index)
@@ -192,9 +210,10 @@ def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
         if job.split == "train":
             records["align"].append(llava_record(index, scene, [caption(scene)]))
             records["instruct"].append(llava_record(index, scene, conversation(rng, scene, job.nouns)))
-        else:
+        if job.split != "train" or index < _TRAIN_ROWS:
             questions = heldout_questions(rng, index, scene, job.nouns)
-            records[job.split] += [benchmark_row(rng, paths["image"], question) for question in questions]
+            rows = [benchmark_row(rng, paths["image"], question) for question in questions]
+            records["train_rows" if job.split == "train" else job.split] += rows
     return records
 
 
@@ -205,7 +224,7 @@ def _write_records(
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(open(folder / f"{name}.jsonl", "w"))
-            for name in ("align", "instruct", "heldout", "heldout_nouns")
+            for name in _FILES
         }
         written = dict.fromkeys(files, 0)
         results: Iterable[dict[str, list[dict[str, Any]]]] = map(_run, jobs)

@@ -233,8 +233,7 @@ def open_source(path: str, image_root: str | None = None) -> Source:
 def convert(
     source: Source, out_dir: str, shards: int, progress: Callable[[int, int], None] | None = None
 ) -> list[BadSample]:
-    """Writes `source` as `shards` ArrayRecord files part-00000-of-00004.array_record, in the order of the
-    records.
+    """Writes a source as ArrayRecord files part-00000-of-00004.array_record, in the order of its records.
 
     The folder is written under another name and renamed at the end, so it is whole or absent. progress(done,
     total) is called after each record. Returns the records left out because a file of theirs could not be
@@ -301,8 +300,7 @@ def line_bounds(whole: mmap.mmap | bytes, path: str) -> np.ndarray:
 
 
 def array_bounds(whole: mmap.mmap | bytes, path: str) -> np.ndarray:
-    """int64[N, 2]: start and end of each object of a JSON array. Raises ValueError if the file ends inside
-    one.
+    """int64[N, 2]: start and end of each object of a JSON array. Raises ValueError if the file ends in one.
 
     Braces count where they are not in a string; a quote opens or closes a string if it is not escaped.
     """
@@ -338,9 +336,7 @@ def array_bounds(whole: mmap.mmap | bytes, path: str) -> np.ndarray:
 
 
 def case_variant(path: str) -> str | None:
-    """The existing file whose path differs from the missing `path` only in upper and lower case, if there is
-    one.
-    """
+    """The file whose path differs from the missing `path` only in upper and lower case, if any."""
     found = Path(path).anchor or "."
     for part in Path(path).parts[bool(Path(path).anchor) :]:
         exact = os.path.join(found, part)

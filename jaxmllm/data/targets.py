@@ -15,17 +15,13 @@ from jaxmllm.data.sources import Record
 
 
 class Targets(Protocol):
-    """What an auxiliary objective must predict. Frozen dataclasses of plain values, as they stand in
-    configs.
-    """
+    """What auxiliary objectives must predict. A frozen dataclass of plain values: it stands in configs."""
 
     def spec(self) -> dict[str, tuple[int, int]]:
         """Teacher name -> (n, d)."""
 
     def __call__(self, record: Record, image: int) -> dict[str, np.ndarray]:
-        """Teacher name -> float32[n, d] for picture number `image` of the record; a teacher without a target
-        for it is left out. Raises BadSample.
-        """
+        """Teacher name -> float32[n, d] for picture number `image`, if it has a target. Raises BadSample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +90,14 @@ def noun_code(noun: str, length: int) -> np.ndarray:
 
 
 def area_means(maps: np.ndarray, cells: int) -> np.ndarray:
-    """float32[..., h, w] -> float32[..., cells, cells]: area-weighted means over the cells of the padded
-    square.
-    """
+    """float32[..., h, w] -> float32[..., cells, cells]: area-weighted means over the padded square."""
     height, width = maps.shape[-2:]
     return area_weights(height, width, cells) @ maps @ area_weights(width, height, cells).T
 
 
 @functools.lru_cache(maxsize=256)
 def area_weights(length: int, other: int, cells: int) -> np.ndarray:
-    """float32[cells, length]: the share of each cell that each pixel of an axis covers; padding covers the
-    rest.
-    """
+    """float32[cells, length]: the share of each cell that each pixel covers; padding has the rest."""
     side = max(length, other)
     pixels = np.arange(length + 1) + (side - length) // 2
     edges = np.arange(cells + 1) * (side / cells)

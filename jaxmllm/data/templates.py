@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """The text around questions and answers. Whatever looks like <this> must be one token of the tokenizer."""
+    """The text around questions and answers. What looks like <this> must be one token of the tokenizer."""
 
     name: str
     begin: str  # tokenised alone: the beginning-of-text token
@@ -37,7 +37,7 @@ class ChatTemplate:
     question: bool = True  # False: of a question only the pictures stay
 
     def pieces(self, exchanges: Iterable[tuple[str, str | None]]) -> list[Piece]:
-        """(question, answer) pairs -> pieces. The last answer may be None, which leaves the reply open."""
+        """(question, answer) pairs -> pieces. The last answer may be None: the reply is left open."""
         pieces = [Piece(self.begin, False)] if self.begin else []
         before = self.system
         for question, answer in exchanges:

@@ -32,11 +32,12 @@ class MMFuser(nn.Module):
         return self.attend(taps)[0]
 
     @nn.compact
-    def attend(self, taps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(out [N, h, w, C], A [N, h*w, C], A2 [N, h*w, C])."""
-        if taps.shape[0] < 2:
+    def attend(self, taps: jax.Array | list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(out [N, h, w, C], A [N, h*w, C], A2 [N, h*w, C]); in a list the levels may have grids of their own."""
+        if len(taps) < 2:
             raise ValueError("MMFuser needs at least two taps: the last is the query, the others are asked")
-        query, (n, h, w, c) = taps[-1], taps.shape[1:]
+        query = taps[-1]
+        n, h, w, c = query.shape
         cross, self_attn = (
             DeformableAttention(self.heads, self.points, name=name) for name in ("cross_attn", "self_attn")
         )

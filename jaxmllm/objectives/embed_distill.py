@@ -25,7 +25,8 @@ class Predictor(nn.Module):
 
     Queries and states pass the same input projection; every block attends over (states + the image's own queries),
     heads x head_dim wide, then a feed-forward; the states stay the projected inputs. maps: number of output MLPs on
-    top (the reference has 3 for depth; the loss reads the first). Returns [map_1, .., map_k, plain].
+    top (the reference has 3 for depth; the loss reads the first). norm_out: a last LayerNorm, right for teachers that
+    end in one, wrong for targets whose mean and length say something. Returns [map_1, .., map_k, plain].
     """
 
     width: int
@@ -35,6 +36,7 @@ class Predictor(nn.Module):
     blocks: int = 1
     ff_mult: int = 1
     maps: int = 0
+    norm_out: bool = True
 
     @nn.compact
     def __call__(self, states: jax.Array, queries: jax.Array, visible: jax.Array | None = None) -> list[jax.Array]:
@@ -45,7 +47,9 @@ class Predictor(nn.Module):
             z = z + self.attend(x, z, visible, f"block_{i}")
             y = Norm(name=f"block_{i}_ff_norm")(z)
             z = z + MLP(self.width * self.ff_mult, self.width, use_bias=False, name=f"block_{i}_ff")(y)
-        plain = Norm(name="norm_out")(Linear((self.out,), name="proj_out")(z))
+        plain = Linear((self.out,), name="proj_out")(z)
+        if self.norm_out:
+            plain = Norm(name="norm_out")(plain)
         return [MLP(self.out, self.out, "relu", name=f"map_{i + 1}")(plain) for i in range(self.maps)] + [plain]
 
     def attend(self, x: jax.Array, z: jax.Array, visible: jax.Array | None, name: str) -> jax.Array:
@@ -70,8 +74,10 @@ class EmbedDistill(nn.Module):
 
     queries: n, rows of the target. tokens: task tokens per image in the sequence (n is a multiple of it). If `pooled`
     (depth, seg), the parameter has n rows: their means in contiguous groups are the tokens, and the raw rows are the
-    predictor's queries. Otherwise (gen) it has `tokens` rows, which are the tokens, and the query is the mean of
-    their hidden states at the layer. layers: 1-based decoder layers (Decoder.taps).
+    predictor's queries. Otherwise (gen) it has `tokens` rows, which are the tokens, and the queries come from their
+    hidden states at the layer (`fit_queries`: their mean, if there is one query). layers: 1-based (Decoder.taps).
+    aligned: each query also gets the hidden state of the visual token at its place (then n = L*L). VisPer-LM's queries
+    must find their place by attention, which takes a model that starts from nothing thousands of steps.
     """
 
     queries: int
@@ -80,10 +86,14 @@ class EmbedDistill(nn.Module):
     layers: tuple[int, ...]
     tokens: int = 8
     pooled: bool = True
+    aligned: bool = False
     predictor_width: int | None = None  # default d
     heads: int = 4
     head_dim: int = 32
+    blocks: int = 1
+    ff_mult: int = 1
     maps: int = 0
+    norm_out: bool = True
     contrastive: float = 0.3
 
     def __post_init__(self):
@@ -95,28 +105,38 @@ class EmbedDistill(nn.Module):
         rows = self.queries if self.pooled else self.tokens
         self.table = Table((rows, self.width), normal(1.0))
         self.logit_scale = Table((), nn.initializers.constant(2.0))
-        self.predictors = [
-            Predictor(self.predictor_width or self.dim, self.dim, self.heads, self.head_dim, maps=self.maps)
-            for _ in self.layers
-        ]
+        self.predictors = [self.predictor() for _ in self.layers]
+
+    @nn.nowrap
+    def predictor(self) -> Predictor:
+        """A predictor; every layer has its own."""
+        width, core = self.predictor_width or self.dim, (self.heads, self.head_dim, self.blocks, self.ff_mult)
+        return Predictor(width, self.dim, *core, maps=self.maps, norm_out=self.norm_out)
 
     def task_tokens(self) -> jax.Array:
         """[tokens, H]."""
         table = self.table()
         return table.reshape(self.tokens, -1, self.width).mean(1) if self.pooled else table
 
-    def predict(self, layer: int, states: jax.Array, visible: jax.Array, places: jax.Array) -> jax.Array:
+    def predict(
+        self, layer: int, states: jax.Array, visible: jax.Array, places: jax.Array, patches: jax.Array
+    ) -> jax.Array:
         """Prediction [N, n, d] at layers[layer]: states [B, S, H], visible bool[B, I, S] (what each image's predictor
-        may read), places int32[B, I, tokens] (where its task tokens stand)."""
+        may read), places int32[B, I, tokens], patches int32[B, I, L*L] (where its task tokens and patches stand)."""
         b, slots, _ = places.shape
+
+        def at(index):  # [B, I, k] -> [B, I, k, H]
+            found = mesh.take_rows(states, mesh.reshape(index, b, slots * index.shape[2]))
+            return mesh.reshape(found, b, slots, index.shape[2], self.width)
+
         if self.pooled:
-            queries = self.table().astype(states.dtype)
-            queries = jnp.broadcast_to(queries, (b, slots, *queries.shape))
+            table = self.table().astype(states.dtype)
+            queries = mesh.shard(jnp.broadcast_to(table, (b, slots, *table.shape)), "batch", None, None, None)
         else:
-            own = mesh.take_rows(states, mesh.reshape(places, b, slots * self.tokens))
-            own = mesh.reshape(own, b, slots, self.tokens, self.width).mean(2, keepdims=True)
-            queries = jnp.repeat(own, self.queries, 2)
-        y = self.predictors[layer](states, mesh.shard(queries, "batch", None, None, None), visible)[0]
+            queries = fit_queries(at(places), self.queries)
+        if self.aligned:
+            queries = queries + at(patches)
+        y = self.predictors[layer](states, queries, visible)[0]
         return mesh.reshape(y, b * slots, *y.shape[2:])
 
     def __call__(self, predictions: list[jax.Array], target: jax.Array, mask: jax.Array) -> Term:
@@ -127,6 +147,14 @@ class EmbedDistill(nn.Module):
         for p in predictions:
             values = values + smooth_l1(p, target) + self.contrastive * info_nce(p, target, scale, mask)
         return Term(values, mask)
+
+
+def fit_queries(x: jax.Array, n: int) -> jax.Array:
+    """[B, I, m, H] -> [B, I, n, H]: repeated as a whole if n > 1 is a multiple of m, else n times their mean."""
+    m = x.shape[2]
+    if n == 1 or n % m:
+        x, m = x.mean(2, keepdims=True), 1
+    return jnp.concatenate([x] * (n // m), 2)
 
 
 def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:

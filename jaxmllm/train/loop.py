@@ -101,6 +101,8 @@ def train(config: Run, stage: Stage, mesh, state: TrainState, step, loader, chec
             batch = meshes.to_global(rows, mesh)
             reporter.count(info["tokens"], info["images"], time.perf_counter() - start)
             state, metrics = step(state, batch)
+            if pending is None:
+                reporter.say(f"first step after {reporter.age():.1f} s")
             if pending and (done % config.log_every == 0 or done == 1):
                 report(reporter, done, pending, rate)
             done, pending = done + 1, metrics

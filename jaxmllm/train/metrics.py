@@ -11,6 +11,9 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 
+STARTED = time.perf_counter()  # about when the process did
+
+
 class Reporter:
     """Collects the steps of one stage; only process 0 writes.
 
@@ -21,12 +24,15 @@ class Reporter:
     def __init__(self, workdir: str, stage: str, steps: int, active: bool = True):
         self.stage, self.steps, self.active = stage, steps, active
         self.terminal = sys.stderr.isatty()
-        self.start = self.window_start = time.perf_counter()
-        self.first: int | None = None
+        self.window_start = time.perf_counter()
         self.window = dict.fromkeys(("steps", "tokens", "images", "wait"), 0.0)
         if active:
             self.file = open(Path(workdir) / "metrics.jsonl", "a")
             self.board = SummaryWriter(str(Path(workdir) / "tensorboard" / stage), flush_secs=10)
+
+    def age(self) -> float:
+        """Seconds since the process started."""
+        return time.perf_counter() - STARTED
 
     def count(self, tokens: int, images: int, wait: float) -> None:
         """One dispatched step: global tokens and images, seconds waited for its batch."""

@@ -1,1 +1,1 @@
-"""Weights of other frameworks in and out: tables (tables.py), their two directions (convert), files (safetensors)."""
+"""Weights of other frameworks: tables of names (tables), both directions (convert), files (safetensors)."""

@@ -1,8 +1,8 @@
 """Foreign state dicts <-> our flat parameters {"llm/head/layers/block/attn/q/kernel": array}.
 
-A table is a list of entries, each saying where one foreign tensor lives here. Tables are built by plain functions from
-the sizes of a module (tables.py), so every name is known before anything is read: what is missing, surplus or filled twice
-can be said by name, and the way back is the same table read backwards.
+A table is a list of entries, each saying where one foreign tensor lives here. Plain functions build it from
+the sizes of a module (tables.py), so every name is known before anything is read: what is missing, surplus or
+filled twice can be said by name, and the way back is the same table read backwards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def reshaped(shape: Callable[[Shape], Shape]) -> Transform:
 
 
 def linear(inputs: int = 1) -> Transform:
-    """torch.nn.Linear's [out, in] <-> our kernel [in dims, out dims], whose first `inputs` dimensions are the input."""
+    """torch.nn.Linear's [out, in] <-> our kernel [in dims, out dims], with `inputs` input dimensions."""
 
     def shape(ours: Shape) -> Shape:
         return math.prod(ours[inputs:]), math.prod(ours[:inputs])
@@ -45,7 +45,9 @@ FLAT = reshaped(lambda s: (math.prod(s),))  # biases of several heads, a single 
 LEAD = reshaped(lambda s: (1, *s))  # tables that torch keeps with a batch dimension
 CELLS = reshaped(lambda s: (s[0] * s[1], *s[2:]))  # a grid [h, w, C] that torch keeps as [h*w, C]
 CONV = Transform(  # torch.nn.Conv2d's [out, in, h, w] <-> [h, w, in, out]
-    lambda s: (s[3], s[2], s[0], s[1]), lambda w, _: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1)
+    lambda s: (s[3], s[2], s[0], s[1]),
+    lambda w, _: w.transpose(2, 3, 1, 0),
+    lambda w: w.transpose(3, 2, 0, 1),
 )
 
 
@@ -53,7 +55,7 @@ CONV = Transform(  # torch.nn.Conv2d's [out, in, h, w] <-> [h, w, in, out]
 class Entry:
     """Foreign tensor `key` = our parameter `path` (at `index`, if layers are stacked there).
 
-    Several entries with one key are parts of one tensor, concatenated in their order along its first dimension.
+    Several entries with one key are parts of one tensor, concatenated in order along its first dimension.
     """
 
     key: str
@@ -73,7 +75,7 @@ class Table:
         return Table(self.entries + other.entries, self.ignore + other.ignore)
 
     def under(self, key: str, path: str, index: tuple[int, ...] = ()) -> Table:
-        """The same table for a submodule: prefixes for the foreign keys and our paths, and where it is stacked."""
+        """The same for a submodule: prefixes of foreign keys and of our paths, and where it is stacked."""
         entries = (Entry(key + e.key, path + e.path, e.transform, index + e.index) for e in self.entries)
         return Table(tuple(entries), tuple(re.escape(key) + pattern for pattern in self.ignore))
 
@@ -108,16 +110,22 @@ def join(tables: Iterable[Table]) -> Table:
     return sum(tables, Table())
 
 
-def import_weights(table: Table, foreign: Mapping[str, np.ndarray], ours: Mapping[str, Shape]) -> dict[str, np.ndarray]:
+def import_weights(
+    table: Table, foreign: Mapping[str, np.ndarray], ours: Mapping[str, Shape]
+) -> dict[str, np.ndarray]:
     """Foreign tensors -> {path: array} for all of `ours` ({path: shape}), in the dtype of the foreign ones.
 
-    Every parameter (stacked ones: every index) must be filled exactly once, every foreign key used or on the table's
-    ignore list, and every shape must fit. Raises one ValueError with all that is wrong: "-" marks what is missing, "+" what
-    is there and should not be, "!" what does not fit.
+    Every parameter (stacked ones: every index) must be filled exactly once, every foreign key used or on the
+    table's ignore list, and every shape must fit. Raises one ValueError with all that is wrong: "-" marks
+    what is missing, "+" what is too many, "!" what does not fit.
     """
     problems = _misfits(table, ours)
     known = {entry.key for entry in table.entries}
-    problems += [f"+ {key}: in the file, and no parameter wants it" for key in foreign if key not in known and not table.ignores(key)]
+    problems += [
+        f"+ {key}: in the file, and no parameter wants it"
+        for key in foreign
+        if key not in known and not table.ignores(key)
+    ]
     result: dict[str, np.ndarray] = {}
     for key, entries in _by_key(table).items():
         if any(entry.path not in ours for entry in entries):
@@ -134,7 +142,9 @@ def import_weights(table: Table, foreign: Mapping[str, np.ndarray], ours: Mappin
         for entry, part in zip(entries, np.split(array, ends) if len(shapes) > 1 else [array]):
             whole = result.setdefault(entry.path, np.empty(ours[entry.path], array.dtype))
             if whole.dtype != array.dtype:
-                problems.append(f"! {key}: {array.dtype} in the file, other layers of {entry.path} are {whole.dtype}")
+                problems.append(
+                    f"! {key}: {array.dtype} in the file, other layers of {entry.path} are {whole.dtype}"
+                )
             whole[entry.index] = entry.transform.load(part, _part_shape(entry, ours))
     if problems:
         raise ValueError(f"{len(problems)} weights do not fit:\n  " + "\n  ".join(problems))

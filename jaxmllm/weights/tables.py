@@ -1,8 +1,8 @@
 """Which foreign tensor is which of our parameters, family by family.
 
-Each function takes the module (its fields give the sizes) and returns a table relative to it; `under` puts it in its
-place. Key layouts are those of published checkpoints: Hugging Face's for the encoders and language models, the authors'
-for MMFuser, Cambrian-1 and VisPer-LM.
+Each function takes the module (its fields give the sizes) and returns a table relative to it; `under` puts it
+in its place. Key layouts are those of published checkpoints: Hugging Face's for encoders and language models,
+the authors' for MMFuser, Cambrian-1 and VisPer-LM.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from jaxmllm.aggregators.sva import SVA
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.mllm import MLLM
-from jaxmllm.objectives.embed_distill import EmbedDistill, Predictor
+from jaxmllm.objectives.embed_distill import Predictor
 from jaxmllm.weights.convert import CELLS, CONV, FLAT, LEAD, Table, copy, dense, ignore, join, norm
-
 
 # Language models
 
@@ -36,27 +35,33 @@ def phi3(decoder: Decoder) -> Table:
 
 
 def _causal_lm(decoder: Decoder, block: Table) -> Table:
-    block += dense("self_attn.o_proj", "attn/out", inputs=3, bias=False) + dense("mlp.down_proj", "mlp/down", bias=False)
-    block += norm("input_layernorm", "norm1", bias=False) + norm("post_attention_layernorm", "norm2", bias=False)
+    block += dense("self_attn.o_proj", "attn/out", inputs=3, bias=False) + dense(
+        "mlp.down_proj", "mlp/down", bias=False
+    )
+    block += norm("input_layernorm", "norm1", bias=False) + norm(
+        "post_attention_layernorm", "norm2", bias=False
+    )
     block += ignore(r"self_attn\.rotary_emb\.inv_freq")  # a constant that old checkpoints hold
     table = copy("model.embed_tokens.weight", "embedding/embedding") + norm("model.norm", "norm", bias=False)
     for i in range(decoder.layers):
         path, index = decoder.layer_path(i)
         table += block.under(f"model.layers.{i}.", f"{path}/", index)
-    return table + (ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding"))
+    return table + (
+        ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding")
+    )
 
 
 # Vision encoders. Blocks after the last tap, and the final norm if no tap needs it, are left out.
 
 
 def clip_vision(vit: ViT) -> Table:
-    """CLIPVisionModel (keys start with "vision_model." in the published files)."""
+    """CLIPVisionModel (published files put "vision_model." in front of the keys)."""
     table = copy("embeddings.class_embedding", "class_token/value", FLAT) + norm("pre_layrnorm", "pre_norm")
     return table + _clip_like(vit, "post_layernorm") + ignore(r"embeddings\.position_ids")
 
 
 def siglip_vision(vit: ViT) -> Table:
-    """SiglipVisionModel (keys start with "vision_model." in the published files). Its pooling head is left out."""
+    """SiglipVisionModel (published files put "vision_model." in front of the keys) without its pooling head."""
     return _clip_like(vit, "post_layernorm") + ignore(r"embeddings\.position_ids", r"head\..*")
 
 
@@ -65,7 +70,9 @@ def _clip_like(vit: ViT, final_norm: str) -> Table:
     block += dense("self_attn.out_proj", "attn/out", inputs=3)
     block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down")
     block += norm("layer_norm1", "norm1") + norm("layer_norm2", "norm2")
-    table = _patches("embeddings.patch_embedding", vit) + copy("embeddings.position_embedding.weight", "positions/value")
+    table = _patches("embeddings.patch_embedding", vit) + copy(
+        "embeddings.position_embedding.weight", "positions/value"
+    )
     return table + _blocks(vit, "encoder.layers", block) + _final_norm(vit, final_norm)
 
 
@@ -79,7 +86,9 @@ def dinov2(vit: ViT) -> Table:
         block += dense("mlp.weights_out", "mlp/down")
     else:
         block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down")
-    block += join(norm(f"norm{i}", f"norm{i}") + copy(f"layer_scale{i}.lambda1", f"scale{i}/value") for i in (1, 2))
+    block += join(
+        norm(f"norm{i}", f"norm{i}") + copy(f"layer_scale{i}.lambda1", f"scale{i}/value") for i in (1, 2)
+    )
     table = copy("embeddings.cls_token", "class_token/value", LEAD) + ignore(r"embeddings\.mask_token")
     table += copy("embeddings.position_embeddings", "positions/value", LEAD)
     if vit.registers:
@@ -164,7 +173,9 @@ def cambrian(model: MLLM) -> Table:
         last = model.llm.inserts.count - 1
         for j in range(last + 1):
             path, index = ("groups", (j,)) if j < last else ("tail", ())
-            table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", f"llm/{path}/insert/layer/", index)
+            table += layer.under(
+                f"model.vision_sampler_layers.{j}.layers.0.", f"llm/{path}/insert/layer/", index
+            )
     return table
 
 
@@ -185,7 +196,9 @@ def mmfuser_llava(model: MLLM) -> Table:
 
 def visper_head(predictor: Predictor) -> Table:
     """Task-token heads of VisPer-LM: depth (with `maps`), seg and gen."""
-    table = dense("proj_in", "proj_in") + dense("proj_out", "proj_out") + norm("norm_out", "norm_out")
+    table = dense("proj_in", "proj_in") + dense("proj_out", "proj_out")
+    if predictor.norm_out:
+        table += norm("norm_out", "norm_out")
     for i in range(predictor.blocks):
         key, path = f"layers.{i}", f"block_{i}"
         table += norm(f"{key}.0.norm1", f"{path}_norm_x") + norm(f"{key}.0.norm2", f"{path}_norm_z")
@@ -193,12 +206,16 @@ def visper_head(predictor: Predictor) -> Table:
         table += join(dense(f"{key}.0.to_kv", f"{path}_{x}", bias=False) for x in "kv")
         table += dense(f"{key}.0.to_out", f"{path}_out", inputs=2, bias=False)
         table += norm(f"{key}.1.0", f"{path}_ff_norm")
-        table += dense(f"{key}.1.1", f"{path}_ff/up", bias=False) + dense(f"{key}.1.3", f"{path}_ff/down", bias=False)
-    return table.under("projector.", "") + join(mlp(f"linear_{i}", f"map_{i}") for i in range(1, predictor.maps + 1))
+        table += dense(f"{key}.1.1", f"{path}_ff/up", bias=False) + dense(
+            f"{key}.1.3", f"{path}_ff/down", bias=False
+        )
+    return table.under("projector.", "") + join(
+        mlp(f"linear_{i}", f"map_{i}") for i in range(1, predictor.maps + 1)
+    )
 
 
 def visper(model: MLLM) -> Table:
-    """OlaLlavaLlamaForCausalLM without its encoder and teachers; model.distill is named as its tasks: depth, seg, gen."""
+    """OlaLlavaLlamaForCausalLM without encoder and teachers; model.distill is named by task: depth, seg, gen."""
     table = llava(model)
     for task, teacher in model.distill.items():
         table += copy(f"model.special_{task}_tokens", f"distill_{task}/table/value")

@@ -1,0 +1,206 @@
+"""The command line. Exit codes: 0 done, 1 a failed run, 2 what was asked is wrong (one line says what and how)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `jaxmllm`."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, FileNotFoundError, FileExistsError) as error:  # ConfigError is a ValueError
+        return fail(error, 2)
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        if os.environ.get("JAXMLLM_TRACEBACK"):
+            raise
+        return fail(error, 1)
+
+
+def fail(error: Exception, code: int) -> int:
+    """Prints an error as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"jaxmllm: {text}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    top = argparse.ArgumentParser("jaxmllm", description="Train, ask and measure multimodal language models.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, text, into=commands):
+        sub = into.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", train, "train a config, or resume it: the same command again goes on where it stopped")
+    sub.add_argument("config", metavar="FILE.py[:variant]")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config")
+    sub.add_argument("--workdir", help="where everything goes (default: runs/NAME)")
+
+    sub = command("eval", evaluate, "ask a checkpoint a question set in CV-Bench's row format")
+    sub.add_argument("workdir")
+    sub.add_argument("--rows", required=True, help="JSONL file of rows")
+    sub.add_argument("--train-rows", required=True, help="rows that the reference that does not look learns from")
+    sub.add_argument("--out", help="JSON file to write (default: WORKDIR/eval.json)")
+
+    sub = command("chat", chat, "talk to a checkpoint about a picture")
+    sub.add_argument("workdir")
+    sub.add_argument("--image", help="picture file")
+    sub.add_argument("--prompt", help="one question; without it you are asked for them")
+
+    data = command("data", None, "make, check and convert data sets").add_subparsers(required=True, metavar="COMMAND")
+    sub = command("make-scenes", make_scenes, "write the composed-sprite data set", data)
+    sub.add_argument("out")
+    for name, default in (("train", 20000), ("heldout", 1500), ("nouns", 16), ("size", 96), ("seed", 0)):
+        sub.add_argument(f"--{name}", type=int, default=default)
+    sub = command("convert", convert, "write ArrayRecord shards", data)
+    sub.add_argument("source", help="LLaVA JSON(L) or another source")
+    sub.add_argument("out")
+    sub.add_argument("--image-root", help="folder of the pictures (default: that of the source)")
+    sub.add_argument("--shards", type=int, default=16)
+    return top
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains a config; resumes if the workdir has a checkpoint."""
+    from jaxmllm import config as configs
+
+    run = configs.override(configs.load(args.config), args.set)
+    workdir = args.workdir or f"runs/{run.name}"
+    use_compile_cache(workdir)
+
+    from jaxmllm.train import loop
+
+    try:
+        loop.run(run, workdir, lambda stage: make_loader(run, stage, workdir))
+    except loop.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+
+
+def make_loader(run, stage, workdir: str):
+    """The batches of a stage, from where they are on disk."""
+    import jax
+
+    from jaxmllm.config import ConfigError
+    from jaxmllm.data.ledger import Ledger
+    from jaxmllm.data.loader import Loader
+    from jaxmllm.data.samples import SampleSpec
+    from jaxmllm.data.sources import open_source
+    from jaxmllm.data.tokenizer import load_tokenizer
+
+    data = run.data
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.size > run.model.llm.vocab:
+        raise ConfigError(f"tokenizer {data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is {run.model.llm.vocab}")
+    spec = SampleSpec(tokenizer, data.template, run.model.layout, data.seq_len, data.image_slots, data.targets)
+    return Loader(
+        [(open_source(s.path, s.image_root), s.weight) for s in stage.sources],
+        spec,
+        Ledger(f"{workdir}/bad_samples.jsonl", data.max_bad),
+        rows=stage.rows,
+        num_shards=data.shards,
+        seed=run.seed,
+        packing=data.packing,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def use_compile_cache(workdir: str) -> None:
+    """Keeps compiled programs in the workdir, so that a second start does not compile again."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "xla_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Prints a table by question kind; writes a JSON file and a sheet of scenes."""
+    use_compile_cache(args.workdir)
+    from jaxmllm.eval import benchmark
+    from jaxmllm.eval.model import Model
+    from jaxmllm.eval.sheet import draw_sheet
+
+    rows, train_rows = benchmark.read_rows(args.rows), benchmark.read_rows(args.train_rows)
+    result = benchmark.evaluate(Model(args.workdir, max_new_tokens=16).ask, rows, train_rows)
+    replies = result.pop("replies")
+    out = Path(args.out or f"{args.workdir}/eval.json")
+    out.write_text(json.dumps(result | training_cost(args.workdir), indent=1) + "\n")
+    draw_sheet(rows, replies, str(out.with_suffix(".png")))
+    print(f"{'kind':<10} {'n':>5} {'model':>7} {'blind':>7} {'shuffled':>9}")
+    held, blind, shuffled = (result[k] for k in ("heldout", "blind", "shuffled"))
+    for kind, n in sorted(held["n"].items()):
+        print(f"{kind:<10} {n:>5} {held['by_kind'][kind]:>7.1f} {blind['by_kind'][kind]:>7.1f} {shuffled['by_kind'][kind]:>9.1f}")
+    print(f"{'all':<10} {len(rows):>5} {held['overall']:>7.1f} {blind['overall']:>7.1f} {shuffled['overall']:>9.1f}")
+    print(f"{out} and {out.with_suffix('.png')} hold the details")
+
+
+def training_cost(workdir: str) -> dict[str, float]:
+    """{"train_seconds", "steps"} from the metrics of a workdir."""
+    seconds, steps = 0.0, 0
+    file, last = Path(workdir) / "metrics.jsonl", {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        row = json.loads(line)
+        n = row["step"] - last.get(row["stage"], 0)
+        seconds, steps = seconds + n * row["step_ms"] / 1e3, steps + n
+        last[row["stage"]] = row["step"]
+    return {"train_seconds": round(seconds, 1), "steps": steps}
+
+
+def chat(args: argparse.Namespace) -> None:
+    """One question, or a conversation until end of input."""
+    use_compile_cache(args.workdir)
+    from jaxmllm.data.templates import IMAGE
+    from jaxmllm.eval.model import Model
+
+    if args.image and not Path(args.image).is_file():
+        raise FileNotFoundError(f"no picture {args.image!r}")
+    model, turns = Model(args.workdir), []
+    lead = f"{IMAGE}\n" if args.image else ""
+    while True:
+        try:
+            prompt = args.prompt or input("you: ")
+        except EOFError:
+            print()
+            return
+        turns.append({"from": "human", "value": lead * (not turns) + prompt})
+        reply = model.reply([(args.image, turns)])[0]
+        turns.append({"from": "gpt", "value": reply})
+        print(f"model: {reply}")
+        if args.prompt:
+            return
+
+
+def make_scenes(args: argparse.Namespace) -> None:
+    """Writes composed scenes."""
+    from jaxmllm.data.scene_files import make_scenes as make
+
+    show = lambda done, total: print(f"\r{done}/{total} scenes", end="\n" if done == total else "", flush=True)
+    keys = ("train", "heldout", "nouns", "size", "seed")
+    print(f"scenes are in {make(args.out, progress=show, **{k: getattr(args, k) for k in keys})}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes ArrayRecord shards; names records left out."""
+    from jaxmllm.data.sources import convert as write
+    from jaxmllm.data.sources import open_source
+
+    show = lambda done, total: print(f"\r{done}/{total} records", end="\n" if done == total else "", flush=True)
+    bad = write(open_source(args.source, args.image_root), args.out, args.shards, show)
+    for sample in bad:
+        print(f"left out: {sample}", file=sys.stderr)
+    print(f"shards are in {args.out}; {len(bad)} records were left out")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

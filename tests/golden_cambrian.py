@@ -1,0 +1,137 @@
+"""How golden files of the whole Cambrian-1 run here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxmllm.aggregators.sva import SVA, SVALayer
+from jaxmllm.batch import Batch
+from jaxmllm.data.images import padding
+from jaxmllm.data.samples import image_places
+from jaxmllm.fusers.single import Single
+from jaxmllm.llms.decoder import Inserts
+from jaxmllm.mllm import MLLM
+from jaxmllm.objectives.next_token import IGNORE
+from jaxmllm.train.state import unflatten
+from jaxmllm.weights import tables
+from tests.golden_case import Case, Check, shapes
+from tests.golden_models import Features, decoder, text_rows, through
+
+
+def build(c: dict) -> MLLM:
+    """The model that a file's config describes. Raises ValueError if its SVA layers are not evenly spaced."""
+    after, names = c["in_llm_after_layers"], [f"encoder{k}" for k in range(c["num_encoders"])]
+    steps = set(np.diff(after).tolist()) or {1}
+    if len(steps) > 1:
+        raise ValueError(f"in_llm_after_layers {after} are not evenly spaced")
+    inserts = Inserts(after[0], steps.pop(), len(after)) if after else None
+    width, heads, grid = c["sva_width"], c["num_heads_sva"], c["query_grid_side"]
+    return MLLM(
+        {name: Features(side) for name, side in zip(names, c["encoder_grid_sides"])},
+        {name: Single() for name in names},
+        SVA(width, c["llm"]["hidden_size"], grid, c["connector_depth"], heads, tuple(c["query_group_sides"])),
+        decoder(c["llm"], inserts=inserts, insert=SVALayer(width, heads)),
+        {},
+    )
+
+
+def pick(tree: dict, j: int) -> dict:
+    """Entry j of stacked parameters."""
+    return jax.tree.map(lambda w: w[j], tree)
+
+
+def cambrian_full(case: Case) -> Check:
+    """A row has no place for tokens that show only padding; the file's train path has.
+
+    `slot` says which place of our row each of its slots is; a masked one has the place, and so the position,
+    of the one before it.
+    """
+    c, x, model = case.config, case.inputs, build(case.config)
+    sizes, ids, after = x["image_sizes"].tolist(), x["input_ids"], c["in_llm_after_layers"]
+    layout, layer = model.layout, model.llm.insert
+    places = [image_places(0, size, layout) for size in sizes]
+    shown = np.zeros((len(ids), layout.patch_slots), bool)
+    for row, place in zip(shown, places):
+        row[place] = True
+    patches = shown.reshape(-1, layout.grid, layout.grid + 1)[:, :, :-1]
+
+    if c["path"] == "train":
+        counted = np.ones((len(ids), ids.shape[1] - 1 + layout.patch_slots), bool)
+        counted[:, c["image_position"] : c["image_position"] + layout.patch_slots] = shown
+    else:
+        counted = np.ones(case.outputs["logits"].shape[:2], bool)
+    slot = counted.cumsum(1) - 1
+    batch, source = text_rows(case, layout, places, slot.max() + 1)
+    text = np.array(c["text_lengths"])[:, None]  # ids that are not padding, the image's one included
+    length = text - 1 + shown.sum(1, keepdims=True)
+    keys = (batch.positions < length).astype(np.int32)
+    valid = counted & (slot < length)
+    source = np.where(counted, np.take_along_axis(source, slot, 1), -1)
+    fixed = {
+        "attention_mask": valid,
+        "position_ids": slot,
+        "labels": np.where(source >= 0, np.take_along_axis(x["labels"], source, 1), IGNORE),
+        "unpadded_grid": np.stack([patches.any(2).sum(1), patches.any(1).sum(1)], 1),
+    }
+    for name, encoder in layout.encoders.items():
+        batch.padding[name][:, 0] = [padding(*size, encoder.grid) for size in sizes]
+    taps = tuple(i + 1 for i in after[:-1])
+
+    def with_maps(x) -> Batch:
+        sides = {name: encoder.grid for name, encoder in layout.encoders.items()}
+        maps = {}
+        for k, (name, side) in enumerate(sides.items()):
+            maps[name] = x[f"features_{k}"].reshape(len(ids), 1, side, side, -1)
+        return dataclasses.replace(batch, images=maps)
+
+    def forward(params, x):
+        tree, last_query = unflatten(params), []
+
+        def spy(call, args, kwargs, context):  # the last SVA layer in the decoder is outside of any scan
+            here = context.module.path, context.method_name
+            if here == (("llm", "tail", "insert", "layer"), "__call__"):
+                last_query.append(args[0])
+            return call(*args, **kwargs)
+
+        def connector(module, _):
+            return module.path[:1] == ("aggregator",) and len(module.path) == 2
+
+        with nn.intercept_methods(spy):
+            found, seen = model.apply(
+                {"params": tree}, with_maps(x), keys, taps, method=through,
+                capture_intermediates=connector, mutable=["intermediates"],
+            )  # fmt: skip
+        seen = {name: value["__call__"][0] for name, value in seen["intermediates"]["aggregator"].items()}
+        outputs = {"loss": found["loss"], "image_tokens": seen["projector"]}
+        for g in range(len(c["query_group_sides"])):
+            outputs[f"connector_output_{g}"] = seen[f"group_{g}_layer_{c['connector_depth'] - 1}"]
+
+        where = batch.visual_positions[:, 0].reshape(*patches.shape[:2], -1)[:, :, :-1]
+        rows = np.arange(len(ids))[:, None, None]
+        queries = [found["tapped"][i][rows, np.maximum(where, 0)] for i in taps] + last_query
+        for j, query in enumerate(queries):
+            group = tree["llm"]["tail"] if j == len(taps) else pick(tree["llm"]["groups"], j)
+            update = layer.apply({"params": group["insert"]["layer"]}, query, found["visual"].memory)
+            for name, grid in (("query", query), ("output", update)):
+                if c["path"] != "train":  # the rows and columns that are kept
+                    grid = grid[patches].reshape(len(ids), *fixed["unpadded_grid"][0], -1)
+                outputs[f"in_llm_{j}_{name}"] = grid
+
+        for name, values in (("inputs_embeds", found["x"]), ("logits", found["logits"])):
+            outputs[name] = jnp.take_along_axis(values, slot[..., None], 1)
+        scalar = found["loss"]
+        if "cotangent" in x:
+            scalar = jnp.sum(outputs["logits"] * x["cotangent"] * valid[..., None])
+        return outputs | fixed | {"scalar": scalar}
+
+    compare = {"inputs_embeds": valid[..., None], "logits": valid[..., None]}
+    if c["path"] == "train":
+        for j in range(len(after)):
+            compare |= {f"in_llm_{j}_query": patches[..., None], f"in_llm_{j}_output": patches[..., None]}
+    ours = shapes(model, jax.tree.map(jnp.asarray, with_maps(x)), ("next_token",))
+    return Check(forward, tables.cambrian(model), ours, compare)

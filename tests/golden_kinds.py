@@ -1,0 +1,95 @@
+"""How golden files of single modules run here: MMFuser and Cambrian-1. Sizes come from the file alone."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmllm.aggregators.sva import SVALayer, window_mask
+from jaxmllm.batch import Memory
+from jaxmllm.data.images import key_mask, padding, token_mask
+from jaxmllm.fusers.mmfuser import DeformableAttention, MMFuser
+from jaxmllm.train.state import unflatten
+from jaxmllm.weights import tables
+from jaxmllm.weights.convert import join
+from tests.golden_case import Case, Check, numbered, shapes
+
+
+def deformable_attention(case: Case) -> Check:
+    module = DeformableAttention(case.config["num_heads"], case.config["num_points"])
+
+    def forward(params, x):
+        args = x["query"], x["reference_points"], numbered(x, "value")
+        y, where, weights = module.apply({"params": unflatten(params)}, *args, method=module.attend)
+        scalar = jnp.sum(y * x["cotangent"])
+        return {"output": y, "sampling_locations": where, "attention_weights": weights, "scalar": scalar}
+
+    x = case.inputs
+    ours = shapes(module, x["query"], x["reference_points"], numbered(x, "value"))
+    return Check(forward, tables.deformable_attention(), ours)
+
+
+def mmfuser(case: Case) -> Check:
+    c = case.config
+    module = MMFuser(c["num_heads"], c["num_points"], c["layer_norm_eps"])
+
+    def taps(x):
+        maps = [
+            m.reshape(m.shape[0], side, side, -1) for m, side in zip(numbered(x, "features"), c["grid_sides"])
+        ]
+        return maps[: c["num_key_value_levels"]] + maps[-1:]
+
+    def forward(params, x):
+        y, a, a2 = module.apply({"params": unflatten(params)}, taps(x), method=module.attend)
+        y = y.reshape(a.shape)
+        scalar = jnp.sum(y * x["cotangent"])
+        return {"output": y, "cross_attention_output": a, "self_attention_output": a2, "scalar": scalar}
+
+    return Check(forward, tables.mmfuser(), shapes(module, taps(case.inputs), method=module.attend))
+
+
+def sva(case: Case) -> Check:
+    c = case.config
+    layer, layers, side = (
+        SVALayer(c["hidden_width"], c["num_heads"]),
+        range(c["num_layers"]),
+        c["query_grid_side"],
+    )
+
+    def start(x):
+        memory = Memory(tuple(numbered(x, "features")), tuple(numbered(x, "key_mask")), x["context"])
+        shape = (x["context"].shape[0], side, side, c["query_width"])
+        return jnp.broadcast_to(x["query"], shape), memory  # the connector has one query for all
+
+    def forward(params, x):
+        (query, memory), tree, outputs = start(x), unflatten(params), {}
+        for i in layers:
+            query = layer.apply({"params": tree[f"layer_{i}"]}, query, memory)
+            outputs[f"layer_{i}_output"] = query
+        return outputs | {"output": query, "scalar": jnp.sum(query * x["cotangent"])}
+
+    one = shapes(layer, *start(case.inputs))
+    ours = {f"layer_{i}/{path}": shape for i in layers for path, shape in one.items()}
+    table = tables.sva_layer(c["window_sides"])
+    return Check(forward, join(table.under(f"layers.{i}.", f"layer_{i}/") for i in layers), ours)
+
+
+def cambrian_masks(case: Case) -> Check:
+    grid, fine = case.config["query_grid_side"], case.config["encoder_grid_side"]
+
+    def forward(_, x):
+        sizes = x["image_sizes"].tolist()
+        pads = np.array(
+            [[padding(*size, side) for side in (grid, fine)] for size in sizes]
+        )  # [image, side, (x, y)]
+        tokens = np.stack([token_mask(*size, grid, newline=True) for size in sizes])
+        keys = np.stack([key_mask(padding(*size, fine), fine) for size in sizes])
+        return {
+            "token_mask": tokens,
+            "image_position_ids": tokens.reshape(len(sizes), -1).cumsum(1) - 1,
+            "key_mask": keys,
+            "usable_keys_per_window": np.asarray(window_mask(jnp.asarray(keys), grid).sum(-1)),
+            "padding": pads.repeat(2, -1).reshape(len(sizes), -1),
+        }
+
+    return Check(forward, scalars={})
