@@ -5,6 +5,8 @@
     48 px -> DINO-like ViT on a finer grid    /                      -> next token + depth and instance maps
 """
 
+import dataclasses
+
 from jaxmllm.aggregators.sva import SVA, SVALayer
 from jaxmllm.config import Data, Optim, Rule, Run, Source, Stage
 from jaxmllm.data.targets import MapTargets
@@ -76,3 +78,22 @@ def config() -> Run:
         ),
         compute_dtype="float32",
     )
+
+
+def tiny() -> Run:
+    """Two layers of everything and a handful of steps: what the tests run."""
+    base = config()
+    vit = {"width": 32, "layers": 2, "heads": 2, "mlp": 32, "stem": ()}
+    parts = base.model
+    model = parts.clone(
+        encoders={
+            "clip": parts.encoders["clip"].clone(taps=(1, 2), **vit),
+            "dino": parts.encoders["dino"].clone(taps=(2,), **vit),
+        },
+        fusers={"clip": MMFuser(heads=2, points=2), "dino": Single()},
+        aggregator=SVA(width=32, llm_width=32, grid=GRID, depth=1, heads=2),
+        llm=parts.llm.clone(width=32, layers=3, heads=2, kv_heads=2, mlp=32, insert=SVALayer(width=32, heads=2)),
+        distill={k: v.clone(width=32, predictor_width=16, head_dim=8) for k, v in parts.distill.items()},
+    )
+    stages = tuple(dataclasses.replace(stage, steps=4, rows=8) for stage in base.stages)
+    return dataclasses.replace(base, name="tiny", model=model, stages=stages, save_every=2, log_every=1)

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA
@@ -47,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config")
     sub.add_argument("--workdir", help="where everything goes (default: runs/NAME)")
 
+    sub.add_argument("--distributed", action="store_true", help="join the other hosts of a pod slice")
+
     sub = command("eval", evaluate, "ask a checkpoint a question set in CV-Bench's row format")
     sub.add_argument("workdir")
     sub.add_argument("--rows", required=True, help="JSONL file of rows")
@@ -78,12 +79,14 @@ def train(args: argparse.Namespace) -> None:
     run = configs.override(configs.load(args.config), args.set)
     workdir = args.workdir or f"runs/{run.name}"
     use_compile_cache(workdir)
+    from jaxmllm import mesh
+    from jaxmllm.train import loop, stop
 
-    from jaxmllm.train import loop
-
+    if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        mesh.start_processes()
     try:
         loop.run(run, workdir, lambda stage: make_loader(run, stage, workdir))
-    except loop.Stopped as stopped:
+    except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)
 
 

@@ -15,6 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import socket
+import sys
+import time
 
 import jax
 import numpy as np
@@ -65,6 +69,21 @@ class Mesh:
     def abstract(self, num_devices: int) -> jax.sharding.AbstractMesh:
         """The same mesh without devices, for tracing a program that cannot run here."""
         return jax.sharding.AbstractMesh(self.sizes(num_devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def start_processes(timeout: int = 1800) -> None:
+    """Joins the processes of a pod slice, or those named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+    Says first what it waits for, since this is where a start can hang. timeout: seconds.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    place = f"process {index} of {count} on {socket.gethostname()}, coordinator {address}"
+    place = place if address else f"a process on {socket.gethostname()}, coordinator and number from the platform"
+    print(f"{time.strftime('%H:%M:%S')} {place}: waiting for the others (up to {timeout} s)", file=sys.stderr, flush=True)
+    given = dict(coordinator_address=address, num_processes=int(count), process_id=int(index)) if address else {}
+    jax.distributed.initialize(initialization_timeout=timeout, **given)
+    print(f"{time.strftime('%H:%M:%S')} all {jax.process_count()} are here", file=sys.stderr, flush=True)
 
 
 def spec(*names: str | None) -> P:

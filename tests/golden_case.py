@@ -69,9 +69,9 @@ def load(path: str | Path) -> Case:
     return Case(kind, config, **parts)
 
 
-def shapes(module: nn.Module, *args, method=None) -> dict[str, tuple[int, ...]]:
+def shapes(module: nn.Module, *args, **options) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the module's parameters."""
-    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, method=method))["params"]
+    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **options))["params"]
     return {path: x.shape for path, x in flatten(tree).items()}
 
 

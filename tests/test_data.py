@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from jaxmllm.batch import EncoderInput, VisualLayout
 from jaxmllm.data import sources
 from jaxmllm.data.check import check, stats
 from jaxmllm.data.images import key_mask, padding, prepare, token_mask
-from jaxmllm.data.ledger import Ledger, TooManyBadSamples
 from jaxmllm.data.samples import BadSample, SampleSpec, make_sample
 from jaxmllm.data.sources import ArrayRecordSource, LlavaSource, convert, open_source
 from jaxmllm.data.targets import MapTargets, area_means, noun_code
@@ -141,6 +141,46 @@ def test_source_errors(folder):
     (root / "shards" / "part-00000-of-00002.array_record").unlink()
     with pytest.raises(ValueError, match="has 1 shards, but their names say 2"):
         ArrayRecordSource(root / "shards")
+
+
+@pytest.mark.parametrize("kind", ["chat", "qa"])
+def test_tfds_folders_need_no_tensorflow(tmp_path, kind):
+    import tensorflow_datasets as tfds
+
+    says = [(f"<image>\nhow {k} ?", f"a {k}") for k in range(3)]
+
+    words = tfds.features.Text()
+    turn = tfds.features.Sequence({"from": words, "value": words})
+    said = {"chat": {"conversations": turn}, "qa": {"question": words, "answer": words}}[kind]
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        __module__ = "__main__"  # as in a script; elsewhere TFDS wants a package that it does not install
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"image": tfds.features.Image(), **said})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for k, turns in enumerate(says):
+                pair = {"question": f"how {k} ?", "answer": f"a {k}"}
+                item = {"conversations": chat(*turns)} if kind == "chat" else pair
+                yield k, {"image": io.BytesIO(jpeg(8, 6 + k)), **item}
+
+    builder = Tiny(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    source = pickle.loads(pickle.dumps(open_source(f"{builder.data_path}:train")))
+    records = sorted(
+        (source[k] for k in range(3)), key=lambda record: record.data["conversations"][1]["value"]
+    )
+    assert [record.data["conversations"] for record in records] == [chat(*turns) for turns in says]
+    assert [record.images[0].read() for record in records] == [jpeg(8, 6 + k) for k in range(3)]
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(ValueError, match="has no split 'val'; it has train"):
+        open_source(f"{builder.data_path}:val")
 
 
 # Templates and tokens
@@ -337,24 +377,6 @@ def test_a_leading_answer_is_dropped(folder, words):
     source = LlavaSource(write_jsonl(folder[0] / "one.jsonl", [record]))
     sample = make_sample(source[0], 0, spec_of(words))
     assert words.decode(sample.tokens, skip_special=False) == "<user> how many ?<assistant> one<end>"
-
-
-def test_ledger(tmp_path):
-    path = tmp_path / "run" / "bad_samples.jsonl"
-    ledger = Ledger(path, max_bad=2)
-    for name in ("a", "a", "b"):
-        ledger.add(BadSample(name, "file", "too long", "9"))
-    path.write_bytes(path.read_bytes() + b'{"id": "c", "pa')  # killed while it wrote
-    ledger = Ledger(path, max_bad=2)
-    assert ledger.count == 2
-    ledger.add(BadSample("b", "file", "too long", "9"))
-    with pytest.raises(
-        TooManyBadSamples, match="3 samples are bad, the limit is 2; the first: a: too long: 9;"
-    ):
-        ledger.add(BadSample("c", "file", "missing file"))
-    lines = path.read_text().splitlines()
-    assert len(lines) == 4 and json.loads(lines[-1]) == {"id": "c", "path": "file", "reason": "missing file"}
-    assert Ledger(path).count == 3
 
 
 def test_check_and_stats(folder, words):

@@ -9,7 +9,7 @@ from PIL import Image
 from jaxmllm.batch import EncoderInput, VisualLayout, empty_batch
 from jaxmllm.data.ledger import Ledger, TooManyBadSamples
 from jaxmllm.data.loader import Loader
-from jaxmllm.data.samples import SampleSpec, make_sample
+from jaxmllm.data.samples import BadSample, SampleSpec, make_sample
 from jaxmllm.data.sources import LlavaSource
 from jaxmllm.data.targets import MapTargets
 from jaxmllm.data.templates import TOY
@@ -269,6 +269,24 @@ def test_too_many_bad_samples_end_the_run(folder, spec, tmp_path):
         TooManyBadSamples, match="1000 samples in a row"
     ):  # fewer than the limit, but there is nothing else
         next(loader)
+
+
+def test_ledger(tmp_path):
+    path = tmp_path / "run" / "bad_samples.jsonl"
+    ledger = Ledger(path, max_bad=2)
+    for name in ("a", "a", "b"):
+        ledger.add(BadSample(name, "file", "too long", "9"))
+    path.write_bytes(path.read_bytes() + b'{"id": "c", "pa')  # killed while it wrote
+    ledger = Ledger(path, max_bad=2)
+    assert ledger.count == 2
+    ledger.add(BadSample("b", "file", "too long", "9"))
+    with pytest.raises(
+        TooManyBadSamples, match="3 samples are bad, the limit is 2; the first: a: too long: 9;"
+    ):
+        ledger.add(BadSample("c", "file", "missing file"))
+    lines = path.read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[-1]) == {"id": "c", "path": "file", "reason": "missing file"}
+    assert Ledger(path).count == 3
 
 
 def test_errors_of_the_thread_reach_the_consumer(source, spec, tmp_path, monkeypatch):

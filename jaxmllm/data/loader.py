@@ -1,12 +1,12 @@
 """Records -> batches of packed rows, the same on any number of processes, and resumable after any batch.
 
-The shuffled data is dealt to `num_shards` virtual shards. Each has its own Grain iterator and its own open rows
-and gives `rows / num_shards` rows of every batch, in the order of the shards:
+The shuffled data is dealt to `num_shards` virtual shards. Each has its own Grain iterator and its own open
+rows (packing.py), and gives `rows / num_shards` rows of every batch, in the order of the shards:
 
-    shard     0     1     2     3          process 0 of 2 makes the rows of shards 0 and 1, process 1 the
-    others; rows    0 1 2 3 4 5 6 7 8 9 ...        one process makes them all
+    shard    0     1     2     3       process 0 of 2 makes the rows of shards 0 and 1, process 1 the others;
+    rows    0 1   2 3   4 5   6 7      one process makes them all
 
-so neither a batch nor the position in the data depends on how many processes there are, if they divide the
+So neither a batch nor the position in the data depends on how many processes there are, if they divide the
 shards.
 """
 
@@ -192,7 +192,9 @@ def load(source: Source, first: int, spec: SampleSpec, ledger: Ledger, index: in
         return None
 
 
-def join(rows: Sequence[Sequence[Sample]], spec: SampleSpec, width: int) -> tuple[Batch, dict[str, Any]]:
+def join(
+    rows: Sequence[Sequence[Sample]], spec: SampleSpec, width: int = SAMPLES
+) -> tuple[Batch, dict[str, Any]]:
     """Rows of samples -> (Batch, info without "dropped"); width: k of "sample_ids"."""
     batch = empty_batch(spec.layout, len(rows), spec.seq_len, spec.image_slots, spec.target_shapes)
     ids, tokens, images = np.full((len(rows), width), -1, np.int32), 0, 0

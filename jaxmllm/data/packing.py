@@ -28,9 +28,9 @@ class Bins(Generic[T]):
         self.rows: list[tuple[list[T], list[int]]] = []  # items, and how much of each capacity they take
 
     def add(self, item: T, size: Sequence[int]) -> list[T] | None:
-        """Puts an item in a row; it must fit an empty one. Returns the items of the row closed for it, if any."""
+        """Puts an item in a row; it must fit an empty one. Returns the items of a row closed for it."""
         closed = None
-        room = [row for row in self.rows if all(map(lambda u, s, c: u + s <= c, row[1], size, self.capacity))]
+        room = [row for row in self.rows if self._has_room(row, size)]
         if room:
             items, used = max(room, key=self._fullness)
             items.append(item)
@@ -42,6 +42,9 @@ class Bins(Generic[T]):
                 closed = fullest[0]
             self.rows.append(([item], list(size)))
         return closed
+
+    def _has_room(self, row: tuple[list[T], list[int]], size: Sequence[int]) -> bool:
+        return all(used + more <= limit for used, more, limit in zip(row[1], size, self.capacity))
 
     def _fullness(self, row: tuple[list[T], list[int]]) -> float:
         # By the scarcest capacity: a row without image slots left must not stay open for lack of tokens.
@@ -88,8 +91,9 @@ class ShardRows:
         self.bins = Bins(self.bins.capacity, self.bins.count)
         for indices in state["open"]:
             row = [(index, sample) for index in indices if (sample := self.samples[index])]
-            sizes = [sample.size for _, sample in row]
-            self.bins.rows.append((row, [sum(column) for column in zip(*sizes)]))
+            if row:
+                sizes = [sample.size for _, sample in row]
+                self.bins.rows.append((row, [sum(column) for column in zip(*sizes)]))
 
     def close(self) -> None:
         self.iterator.close()

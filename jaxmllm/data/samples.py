@@ -25,7 +25,7 @@ IGNORE = -100  # label of a place without loss
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
-    """How records become samples. Raises ValueError if the tokenizer lacks a token of the template."""
+    """How records become samples. Raises ValueError for a tokenizer without the template's tokens."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -35,6 +35,10 @@ class SampleSpec:
     targets: Targets | None = None
 
     def __post_init__(self):
+        if self.image_slots < 1:
+            raise ValueError(
+                f"image_slots must be 1 or more, not {self.image_slots}; text needs none of them"
+            )
         for marker in self.template.markers():
             if self.tokenizer.backend.token_to_id(marker) is None:
                 lack = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"

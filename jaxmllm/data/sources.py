@@ -173,14 +173,21 @@ class ArrayRecordSource:
 class TfdsSource:
     """A TFDS folder in ArrayRecord format, read without TensorFlow.
 
-    Features: `image`, and either `conversations` (a sequence of {"from", "value"}) or `question` and
-    `answer`.
+    Features: `image` if there are pictures, and either `conversations` (a Sequence of {"from", "value"}) or
+    `question` and `answer`; `id` if there are ids. Raises ValueError for another folder or an unknown split.
     """
 
     def __init__(self, folder: str, split: str = "train"):
         self.path, self.split = str(folder), split
-        if split not in self.builder.info.splits:
-            raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(self.builder.info.splits)}")
+        if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
+            raise ValueError(f"{folder} is not a TFDS folder: it has no dataset_info.json")
+        splits, features = self.builder.info.splits, set(self.builder.info.features)
+        if split not in splits:
+            raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+        if not features & {"conversations", "question"}:
+            raise ValueError(
+                f"{folder} has neither `conversations` nor `question`, but {', '.join(features)}"
+            )
 
     @functools.cached_property
     def builder(self) -> Any:
@@ -193,7 +200,8 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         # The picture stays encoded: decoding belongs to data/images.py, for all sources alike.
-        return self.builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
+        encoded = {"image": tfds.decode.SkipDecoding()} if "image" in self.builder.info.features else None
+        return self.builder.as_data_source(self.split, decoders=encoded)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("builder", "records")}
@@ -203,14 +211,15 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Record:
         item = self.records[index]
+        mark = "<image>\n" if "image" in item else ""
         if "conversations" in item:
-            turns = [(text(t["from"]), text(t["value"])) for t in item["conversations"]]
+            turns = list(zip(*(map(text, item["conversations"][key]) for key in ("from", "value"))))
         else:
-            turns = [("human", f"<image>\n{text(item['question'])}"), ("gpt", text(item["answer"]))]
+            turns = [("human", mark + text(item["question"])), ("gpt", text(item["answer"]))]
         name = text(item.get("id", index))
         data = {"id": name, "conversations": [{"from": who, "value": what} for who, what in turns]}
-        blobs = [Blob(f"{self.path}[{index}]", lambda: item["image"])] if "image" in item else []
-        return Record(name, self.path, data, blobs, {})
+        images = [Blob(f"{self.path}[{index}]", lambda: item["image"])] if mark else []
+        return Record(name, self.path, data, images, {})
 
 
 def text(value: Any) -> str:

@@ -38,7 +38,7 @@ class MapTargets:
     grid: int  # side of the grid of visual tokens
     codes: int = 16  # length of a noun's code
     cells: int = 2
-    depth_mean: float = 0.25
+    depth_mean: float = 0.15  # as measured on composed scenes, which have much flat ground at 0
     depth_std: float = 0.25
 
     def spec(self) -> dict[str, tuple[int, int]]:

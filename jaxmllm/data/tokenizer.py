@@ -73,10 +73,8 @@ def train_word_tokenizer(texts: Iterable[str], out_dir: str) -> Tokenizer:
     backend = Backend(models.WordLevel({}, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     # The blank belongs to the word behind it, so that decoding knows where blanks were.
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
-    )
-    backend.decoder = decoders.Metaspace()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]"), "isolated")
+    backend.decoder = decoders.Fuse()
     words = set()
     for text in texts:
         for part in text.split("<image>"):

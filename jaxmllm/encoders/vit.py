@@ -83,7 +83,7 @@ class ViT(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size % self.patch or self.width % self.heads:
+        if self.size % self.patch and self.stem or self.width % self.heads:
             raise ValueError(f"ViT: size {self.size} must divide by patch {self.patch}, width {self.width} by heads")
         if not self.taps or min(self.taps) < 0 or max(self.taps) > self.layers:
             raise ValueError(f"ViT: taps {self.taps} must lie in 0..{self.layers} (0 = embeddings)")
@@ -130,6 +130,7 @@ class ViT(nn.Module):
             x = ACTIVATIONS["relu"](x)
         patch = self.patch >> len(self.stem)
         grid = x.shape[1] // patch
+        x = x[:, : grid * patch, : grid * patch]  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
         x = mesh.reshape(x, x.shape[0], grid, patch, grid, patch, x.shape[-1]).swapaxes(2, 3)
         x = Linear((self.width,), (None, None, "embed"), kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
         x = mesh.reshape(x, x.shape[0], grid * grid, self.width)

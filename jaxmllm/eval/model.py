@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmllm import mesh as meshes
 from jaxmllm.config import ConfigError, Run, from_json
-from jaxmllm.data.loader import FILLER, join
+from jaxmllm.data.loader import join
 from jaxmllm.data.samples import SampleSpec, make_sample
 from jaxmllm.data.sources import Blob, Record, read_file
 from jaxmllm.data.templates import IMAGE
 from jaxmllm.data.tokenizer import load_tokenizer
 from jaxmllm.eval.generate import left_pad, make_generate
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
-from jaxmllm.train.loop import initial_params
+from jaxmllm.train.setup import initial_params
 from jaxmllm.train.state import unflatten
 
 BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -58,27 +58,14 @@ class Model:
     def reply(self, chats: list[tuple[str | None, list[dict[str, str]]]], batch: int = 1) -> list[str]:
         """Continues conversations in LLaVA's form, each about one picture file (or none)."""
         samples = [make_sample(record_of(*chat), 0, self.spec, reply_open=True) for chat in chats]
-        length = -(-max(len(s["tokens"]) for s in samples) // BUCKET) * BUCKET
-        rows = meshes.data_shards(self.mesh) * -(-max(batch, len(samples)) // meshes.data_shards(self.mesh))
-        padded = [pad_row(sample, self.spec, length) for sample in samples]
-        padded += [padded[0]] * (rows - len(padded))
+        length = -(-max(len(s.tokens) for s in samples) // BUCKET) * BUCKET
+        shards = meshes.data_shards(self.mesh)
+        rows = [[sample] for sample in samples]
+        rows += rows[:1] * (-(-max(batch, len(rows)) // shards) * shards - len(rows))
         with jax.set_mesh(self.mesh):
-            prompts, _ = join(padded, self.spec)
+            prompts, _ = join(rows, dataclasses.replace(self.spec, seq_len=length))
             tokens = jax.device_get(self.generate(self.params, meshes.to_global(left_pad(prompts), self.mesh)))
         return [self.tokenizer.decode(row).strip() for row in tokens[: len(samples)].tolist()]
-
-
-def pad_row(sample: dict[str, np.ndarray], spec: SampleSpec, length: int) -> dict[str, np.ndarray]:
-    """A sample alone in a row of `length` tokens, as the packer makes rows."""
-    n, row = len(sample["tokens"]), {}
-    for name, x in sample.items():
-        size = {"tokens": length, "labels": length, "visual": length}.get(name, spec.image_slots)
-        size = 1 if name in ("sample_id", "image_count") else size
-        fill = FILLER.get(name, 0)
-        row[name] = np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=fill)
-    row["tokens_segment_ids"] = (np.arange(length) < n).astype(np.int32)
-    row["tokens_positions"] = np.arange(length, dtype=np.int32) * row["tokens_segment_ids"]
-    return row
 
 
 def record_of(image: str | None, turns: list[dict[str, str]]) -> Record:

@@ -89,9 +89,10 @@ class Attention(nn.Module):
             q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
         q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
         if cache is not None:
+            new = {"k": shard_kv(k), "v": shard_kv(v), "segments": mesh.shard(kv_segments, "batch", None)}
             cache = {
-                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), cache_index, 1)
-                for name, new in (("k", k), ("v", v), ("segments", kv_segments))
+                name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), cache_index, 1)
+                for name, x in new.items()
             }
             k, v, kv_segments = cache["k"], cache["v"], cache["segments"]
         y = dot_product_attention(

@@ -86,10 +86,9 @@ class StageCheckpoints:
             found = checkpointer.restore(self.manager.directory / str(self.latest()) / "state", args=args)
         return frozen | found["trainable"]
 
-    def close(self) -> None:
-        """Waits for writes under way."""
+    def wait(self) -> None:
+        """Returns once all writes under way are complete."""
         self.manager.wait_until_finished()
-        self.manager.close()
 
 
 def gather_json(data: dict[str, Any]) -> dict[str, Any]:

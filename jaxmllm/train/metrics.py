@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 
 
@@ -30,13 +31,15 @@ class Reporter:
             self.file = open(Path(workdir) / "metrics.jsonl", "a")
             self.board = SummaryWriter(str(Path(workdir) / "tensorboard" / stage), flush_secs=10)
 
-    def age(self) -> float:
-        """Seconds since the process started."""
-        return time.perf_counter() - STARTED
+    def first_step(self) -> None:
+        """The first step is dispatched: everything is compiled."""
+        self.say(f"first step after {time.perf_counter() - STARTED:.1f} s")
 
-    def count(self, tokens: int, images: int, wait: float) -> None:
-        """One dispatched step: global tokens and images, seconds waited for its batch."""
-        for key, value in dict(steps=1, tokens=tokens, images=images, wait=wait).items():
+    def count(self, info: dict[str, Any], wait: float) -> None:
+        """One dispatched step: what the loader says of this process's rows, seconds waited for them."""
+        share = jax.process_count()
+        counted = {"steps": 1, "tokens": share * info["tokens"], "images": share * info["images"], "wait": wait}
+        for key, value in counted.items():
             self.window[key] += value
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -73,7 +76,7 @@ class Reporter:
             end = "\r" if replace and self.terminal else "\n"
             print("\x1b[2K" * self.terminal + line, end=end, file=sys.stderr, flush=True)
 
-    def close(self, **final: Any) -> None:
+    def close(self) -> None:
         """Ends the progress line and the files."""
         if self.active:
             if self.terminal:

@@ -119,44 +119,39 @@ def import_weights(
     table's ignore list, and every shape must fit. Raises one ValueError with all that is wrong: "-" marks
     what is missing, "+" what is too many, "!" what does not fit.
     """
-    problems = _misfits(table, ours)
-    known = {entry.key for entry in table.entries}
-    problems += [
-        f"+ {key}: in the file, and no parameter wants it"
-        for key in foreign
-        if key not in known and not table.ignores(key)
-    ]
+    problems, known = _misfits(table, ours), {entry.key for entry in table.entries}
+    surplus = (key for key in foreign if key not in known and not table.ignores(key))
+    problems += [f"+ {key}: in the file, and no parameter wants it" for key in surplus]
     result: dict[str, np.ndarray] = {}
     for key, entries in _by_key(table).items():
-        if any(entry.path not in ours for entry in entries):
-            continue
+        if not all(_has_place(entry, ours) for entry in entries):
+            continue  # one of `_misfits`
         if key not in foreign:
             problems.append(f"- {key}: not in the file, wanted by {_where(entries[0])}")
             continue
-        array, shapes = foreign[key], [e.transform.shape(_part_shape(e, ours)) for e in entries]
-        expected = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        array = foreign[key]
+        parts = [entry.transform.shape(tuple(ours[entry.path][len(entry.index) :])) for entry in entries]
+        expected = parts[0] if len(parts) == 1 else (sum(shape[0] for shape in parts), *parts[0][1:])
         if array.shape != expected:
             problems.append(f"! {key}: {array.shape} in the file, {expected} wanted by {_where(entries[0])}")
             continue
-        ends = np.cumsum([s[0] for s in shapes])[:-1] if len(shapes) > 1 else []
-        for entry, part in zip(entries, np.split(array, ends) if len(shapes) > 1 else [array]):
-            whole = result.setdefault(entry.path, np.empty(ours[entry.path], array.dtype))
+        ends = np.cumsum([shape[0] for shape in parts[:-1]])  # of all parts but the last
+        for entry, part in zip(entries, np.split(array, ends) if len(parts) > 1 else [array]):
+            if entry.path not in result:
+                result[entry.path] = np.empty(ours[entry.path], array.dtype)
+            whole = result[entry.path]
             if whole.dtype != array.dtype:
-                problems.append(
-                    f"! {key}: {array.dtype} in the file, other layers of {entry.path} are {whole.dtype}"
-                )
-            whole[entry.index] = entry.transform.load(part, _part_shape(entry, ours))
-    if problems:
-        raise ValueError(f"{len(problems)} weights do not fit:\n  " + "\n  ".join(problems))
+                other = f"other layers of {entry.path} are {whole.dtype}"
+                problems.append(f"! {key}: {array.dtype} in the file, {other}")
+            whole[entry.index] = entry.transform.load(part, whole.shape[len(entry.index) :])
+    _raise(problems)
     return result
 
 
 def export_weights(table: Table, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The exact inverse of `import_weights`: {path: array} -> foreign state dict. Raises ValueError as it does."""
+    """The exact inverse: {path: array} -> foreign state dict. Raises ValueError as `import_weights` does."""
     params = {path: np.asarray(array) for path, array in params.items()}
-    problems = _misfits(table, {path: array.shape for path, array in params.items()})
-    if problems:
-        raise ValueError(f"{len(problems)} weights do not fit:\n  " + "\n  ".join(problems))
+    _raise(_misfits(table, {path: array.shape for path, array in params.items()}))
     result = {}
     for key, entries in _by_key(table).items():
         parts = [entry.transform.save(params[entry.path][entry.index]) for entry in entries]
@@ -171,8 +166,15 @@ def _by_key(table: Table) -> dict[str, list[Entry]]:
     return keys
 
 
-def _part_shape(entry: Entry, ours: Mapping[str, Shape]) -> Shape:
-    return tuple(ours[entry.path][len(entry.index) :])
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{len(problems)} weights do not fit:\n  " + "\n  ".join(problems))
+
+
+def _has_place(entry: Entry, ours: Mapping[str, Shape]) -> bool:
+    shape = ours.get(entry.path, ())
+    indexed = len(entry.index) <= len(shape) and all(i < size for i, size in zip(entry.index, shape))
+    return entry.path in ours and indexed
 
 
 def _where(entry: Entry) -> str:
@@ -183,21 +185,21 @@ def _misfits(table: Table, ours: Mapping[str, Shape]) -> list[str]:
     """Where the table and our parameters disagree: unknown paths, and places not filled exactly once."""
     problems, filled = [], {path: {} for path in ours}
     for entry in table.entries:
-        if entry.path not in ours:
-            problems.append(f"+ {entry.key}: wanted for {_where(entry)}, which the model does not have")
-        elif any(i >= size for i, size in zip(entry.index, ours[entry.path])):
-            problems.append(f"+ {entry.key}: wanted for {_where(entry)}, which has shape {ours[entry.path]}")
-        else:
+        if _has_place(entry, ours):
             filled[entry.path].setdefault(entry.index, []).append(entry)
+        else:
+            there = f"has shape {ours[entry.path]}" if entry.path in ours else "the model does not have"
+            problems.append(f"+ {entry.key}: wanted for {_where(entry)}, which {there}")
     for path, places in filled.items():
         depths = {len(index) for index in places} or {0}
-        for index in np.ndindex(tuple(ours[path][: max(depths)])) if len(depths) == 1 else [()]:
+        if len(depths) > 1:
+            problems.append(f"! {path}: filled both as a whole and in parts")
+            continue
+        for index in np.ndindex(tuple(ours[path][: depths.pop()])):
             entries = places.get(index, [])
             if not entries:
                 problems.append(f"- {_where(Entry('', path, index=index))}: no entry of the table fills it")
             elif len(entries) > 1:
                 keys = " and ".join(entry.key for entry in entries)
                 problems.append(f"! {_where(entries[0])}: filled {len(entries)} times, by {keys}")
-        if len(depths) > 1:
-            problems.append(f"! {path}: filled both as a whole and layer by layer")
     return problems

@@ -61,7 +61,7 @@ def clip_vision(vit: ViT) -> Table:
 
 
 def siglip_vision(vit: ViT) -> Table:
-    """SiglipVisionModel (published files put "vision_model." in front of the keys) without its pooling head."""
+    """SiglipVisionModel (no pooling head; published files put "vision_model." in front of the keys)."""
     return _clip_like(vit, "post_layernorm") + ignore(r"embeddings\.position_ids", r"head\..*")
 
 
@@ -215,7 +215,7 @@ def visper_head(predictor: Predictor) -> Table:
 
 
 def visper(model: MLLM) -> Table:
-    """OlaLlavaLlamaForCausalLM without encoder and teachers; model.distill is named by task: depth, seg, gen."""
+    """OlaLlavaLlamaForCausalLM without encoder and teachers; model.distill: depth, seg, gen."""
     table = llava(model)
     for task, teacher in model.distill.items():
         table += copy(f"model.special_{task}_tokens", f"distill_{task}/table/value")

@@ -1,0 +1,68 @@
+"""What happens before the first step: the workdir is claimed, parameters are made, loaded or restored."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmllm import mesh as meshes
+from jaxmllm.batch import empty_batch
+from jaxmllm.config import Run, Stage, check_resumable, to_json
+from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
+from jaxmllm.train.optim import optimizer
+from jaxmllm.train.state import Params, TrainState, flatten, match_rules, split
+from jaxmllm.train.step import make_step
+
+
+def claim_workdir(config: Run, workdir: str) -> None:
+    """Writes WORKDIR/config.json, or compares with the one there. Raises ConfigError if they do not fit together."""
+    path = Path(workdir) / "config.json"
+    if path.exists():
+        check_resumable(json.loads(path.read_text()), config, workdir)
+    elif jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(to_json(config), indent=1))
+        os.replace(part, path)
+
+
+def initial_params(config: Run) -> Params:
+    """Fresh parameters, made on the devices in their shards; call under jit or eval_shape, with a mesh set."""
+    data, model = config.data, config.model
+    rows = meshes.data_shards(jax.sharding.get_abstract_mesh())
+    batch = empty_batch(model.layout, rows, data.seq_len, data.image_slots, model.target_shapes)
+    batch = jax.tree.map(lambda x: meshes.shard(jnp.asarray(x), "batch"), batch)
+    return flatten(model.init(jax.random.key(config.seed), batch, ("next_token", *model.distill))["params"])
+
+
+def start_stage(
+    config: Run, stage: Stage, mesh: jax.sharding.Mesh, checkpoints: StageCheckpoints, previous: StageCheckpoints | None
+) -> tuple[TrainState, Any, Callable]:
+    """-> (state, data position or None, jitted step): from the stage's newest checkpoint, else from the parameters of
+    the stage before, else fresh. Raises ConfigError if the stage's rules do not cover the parameters."""
+    dtype = jnp.dtype(config.compute_dtype)
+    abstract = abstract_on(mesh, jax.eval_shape(lambda: initial_params(config)))
+    table = match_rules(stage.rules, list(abstract))
+    tx = optimizer(stage.optim, stage.steps, table)
+
+    def fresh(params: Params) -> TrainState:
+        trainable, frozen = split(params, table, dtype)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
+
+    if checkpoints.latest() is not None:
+        state, position = checkpoints.restore(abstract_on(mesh, jax.eval_shape(fresh, abstract)))
+    else:
+        position = None
+        if previous:
+            state = jax.jit(fresh, donate_argnums=0)(previous.restore_params(abstract))
+        else:
+            state = jax.jit(lambda: fresh(initial_params(config)))()
+        checkpoints.save_frozen(state.frozen)
+    step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate)
+    return state, position, jax.jit(step, donate_argnums=0)

@@ -1,0 +1,44 @@
+"""Shared fixtures: a small data set made once, and the command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Composed scenes: 160 for training, 24 held out."""
+    from jaxmllm.data.scene_files import make_scenes
+
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes", train=160, heldout=24, processes=1)
+
+
+def settings(scenes: Path, config: str = "configs/toy.py:tiny", **values) -> list[str]:
+    """Command-line words: a config that reads `scenes`, with fields set."""
+    values = {
+        "data.tokenizer": scenes / "tokenizer",
+        "stages.align.sources.0.path": scenes / "align.jsonl",
+        "stages.instruct.sources.0.path": scenes / "instruct.jsonl",
+        **values,
+    }
+    return [config, "--set", *(f"{key}={value}" for key, value in values.items())]
+
+
+def jaxmllm(*words, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Runs `python -m jaxmllm.main WORDS` from the repository's root, on simulated CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmllm.main", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **(env or {})},
+        capture_output=True,
+        text=True,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done

@@ -1,0 +1,87 @@
+"""What a person who mistypes sees: one clear line and exit code 2, nothing else harmed."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from tests.conftest import jaxmllm, settings
+
+
+def refused(*words, code=2):
+    """The one line of a refused command."""
+    done = jaxmllm(*words, check=False)
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("model.llm.layer=2", "did you mean 'layers'"),
+        ("stages.instuct.steps=2", "did you mean 'instruct'"),
+        ("model.llm.layers=two", "expected int"),
+        ("model.llm.layers", "name=value"),
+        ("model.llm.kv_heads=3", "multiple of kv_heads"),
+        ("mesh.tensor=3", "does not fit 1 devices"),
+    ],
+)
+def test_typo_in_set(tmp_path, assignment, says):
+    assert says in refused("train", "configs/toy.py:tiny", "--workdir", tmp_path, "--set", assignment)
+
+
+def test_unknown_variant_and_file(tmp_path):
+    assert "did you mean 'tiny'" in refused("train", "configs/toy.py:tinny", "--workdir", tmp_path)
+    assert "did you mean 'configs/toy.py'" in refused("train", "configs/toys.py", "--workdir", tmp_path)
+
+
+def test_missing_data(tmp_path):
+    line = refused("train", "configs/toy.py:tiny", "--workdir", tmp_path, "--set", "data.tokenizer=nowhere")
+    assert "nowhere" in line
+
+
+def test_rule_must_cover_every_parameter(scenes, tmp_path):
+    words = settings(scenes, **{"stages.align.rules.0.pattern": "llm/.*"})
+    assert "no rule covers parameter" in refused("train", *words, "--workdir", tmp_path)
+
+
+def test_workdir_of_another_config(scenes, tmp_path):
+    steps = {"stages.align.steps": 1, "stages.instruct.steps": 1}
+    jaxmllm("train", *settings(scenes, **steps), "--workdir", tmp_path)
+    line = refused("train", *settings(scenes, **steps, **{"model.llm.rope_theta": 5.0}), "--workdir", tmp_path)
+    assert "belongs to another config" in line and "rope_theta" in line
+
+
+def test_bad_samples_are_named_and_the_run_goes_on(scenes, tmp_path):
+    """Every kind of unusable record gets a line in the ledger; the run finishes."""
+    folder = tmp_path / "broken"
+    shutil.copytree(scenes, folder)
+    records = [json.loads(line) for line in open(folder / "align.jsonl")]
+    picture = folder / records[0]["image"]
+    picture.write_bytes(picture.read_bytes()[:300])
+    (folder / records[1]["image"]).unlink()
+    records[2]["conversations"][0]["value"] = "<image><image>\nDescribe the image."
+    records[3]["conversations"][1]["value"] = ""
+    (folder / "align.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    words = settings(folder, **{"stages.align.steps": 10, "stages.instruct.steps": 1})
+    jaxmllm("train", *words, "--workdir", tmp_path / "run")
+    entries = {e["id"]: e for e in map(json.loads, open(tmp_path / "run" / "bad_samples.jsonl"))}
+    bad = [records[i]["id"] for i in range(4)]
+    assert set(bad) <= set(entries)
+    assert set(entries[bad[0]]) == {"id", "path", "reason"} and entries[bad[0]]["path"].endswith(".jpg")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 11
+
+
+def test_chat_answers_and_refuses(scenes, tmp_path):
+    jaxmllm("train", *settings(scenes, **{"stages.align.steps": 1, "stages.instruct.steps": 1}), "--workdir", tmp_path / "run")
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (300, 200), "red").save(photo)
+    done = jaxmllm("chat", tmp_path / "run", "--image", photo, "--prompt", "Describe the image.")
+    assert done.stdout.startswith("model:")
+    assert "no picture" in refused("chat", tmp_path / "run", "--image", "gone.png", "--prompt", "x")
+    assert "holds no run" in refused("chat", tmp_path / "empty", "--prompt", "x")
+    photo.write_bytes(photo.read_bytes()[:100])
+    assert "photo.png" in refused("chat", tmp_path / "run", "--image", photo, "--prompt", "x")

@@ -1,0 +1,98 @@
+"""2N steps at once, and N, SIGKILL, resume, N: parameters, optimizer and sample ids are bit-equal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import pytest
+
+from tests.conftest import ROOT, jaxmllm, settings
+
+
+def newest_state(workdir, stage):
+    """Step and arrays of a stage's newest checkpoint."""
+    folder = workdir / stage / "checkpoints"
+    step = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return step, checkpointer.restore(folder / str(step) / "state"), json.loads(
+            (folder / str(step) / "data" / "metadata").read_text()
+        )
+
+
+def leaves(tree, path=""):
+    """Flattens nested dicts and lists to {path: array}."""
+    if isinstance(tree, dict):
+        return {k: v for name, part in tree.items() for k, v in leaves(part, f"{path}/{name}").items()}
+    if isinstance(tree, (list, tuple)):
+        return {k: v for i, part in enumerate(tree) for k, v in leaves(part, f"{path}/{i}").items()}
+    return {} if tree is None else {path: np.asarray(tree)}
+
+
+def equal(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys() and len(a) > 100
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def test_kill_and_resume_is_bit_equal(scenes, tmp_path):
+    words = settings(scenes, **{"stages.align.steps": 6, "stages.instruct.steps": 6})
+    jaxmllm("train", *words, "--workdir", tmp_path / "straight")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxmllm.main", "train", *words, "--workdir", str(killed)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.time() + 240
+    while not (killed / "align" / "checkpoints" / "2").is_dir() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (killed / "align" / "checkpoints" / "2").is_dir()
+    assert not (killed / "instruct").exists()
+    jaxmllm("train", *words, "--workdir", killed)
+    for stage in ("align", "instruct"):
+        step, state, data = newest_state(tmp_path / "straight", stage)
+        step2, state2, data2 = newest_state(killed, stage)
+        assert step == step2 == 6
+        equal(state, state2)
+        assert data == data2
+    rows = [[json.loads(line) for line in open(d / "metrics.jsonl")] for d in (tmp_path / "straight", killed)]
+    losses = [{(r["stage"], r["step"]): r["loss"] for r in part} for part in rows]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def test_finished_run_does_nothing_more(scenes, tmp_path):
+    words = settings(scenes, **{"stages.align.steps": 2, "stages.instruct.steps": 2})
+    jaxmllm("train", *words, "--workdir", tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    jaxmllm("train", *words, "--workdir", tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("phase", ["compiling", "training"])
+def test_sigterm_saves(scenes, tmp_path, phase):
+    words = settings(scenes, **{"stages.align.steps": 4000, "save_every": 100000})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxmllm.main", "train", *words, "--workdir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if ("compiling" if phase == "compiling" else " 5/") in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "the same command resumes it" in rest
+    step, _, _ = newest_state(tmp_path, "align")
+    assert step >= 1

@@ -1,0 +1,132 @@
+"""One compiled step serves text-only, image and mixed batches, and masked image slots change nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmllm import mesh as meshes
+from jaxmllm.batch import Batch, empty_batch
+from jaxmllm.config import load
+from jaxmllm.train.setup import initial_params
+from jaxmllm.train.optim import optimizer
+from jaxmllm.train.state import TrainState, match_rules, split, unflatten
+from jaxmllm.train.step import make_step
+
+LOSSES = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
+ROWS, S, SLOTS = 4, 128, 2
+
+
+@pytest.fixture(scope="module")
+def run():
+    return load("configs/toy.py:tiny")
+
+
+@pytest.fixture(scope="module")
+def mesh(run):
+    mesh = run.mesh.build()
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def params(run, mesh):
+    data = dataclasses.replace(run.data, seq_len=S, image_slots=SLOTS)
+    return jax.jit(lambda: initial_params(dataclasses.replace(run, data=data)))()
+
+
+def make_batch(run, images_per_row: list[int], seed: int = 0) -> Batch:
+    """Random text; row r holds images_per_row[r] images, one per sample, two samples a row."""
+    rng = np.random.default_rng(seed)
+    layout = run.model.layout
+    batch = empty_batch(layout, ROWS, S, SLOTS, run.model.target_shapes)
+    half, block = S // 2, layout.block
+    batch.tokens[:] = rng.integers(6, 60, (ROWS, S))
+    batch.segment_ids[:] = np.repeat([1, 2], half)
+    batch.positions[:] = np.tile(np.arange(half), 2)
+    batch.labels[:] = np.where(rng.random((ROWS, S)) < 0.2, rng.integers(6, 60, (ROWS, S)), -100)
+    for r, count in enumerate(images_per_row):
+        for i in range(count):
+            at = i * half + 2
+            batch.visual_positions[r, i] = np.arange(at, at + block)
+            batch.visual_index[r, at : at + block] = i * block + np.arange(block)
+            batch.labels[r, at : at + block] = -100
+            for pixels in batch.images.values():
+                pixels[r, i] = rng.integers(0, 256, pixels.shape[2:])
+            for name, target in batch.targets.items():
+                target[r, i] = rng.normal(size=target.shape[2:])
+                batch.target_mask[name][r, i] = True
+    return batch
+
+
+def loss_and_gradients(run, mesh, params, batch):
+    def loss(params):
+        terms, _ = run.model.apply({"params": unflatten(params)}, batch, tuple(LOSSES))
+        return sum(LOSSES[k] * jnp.where(t.mask, t.values, 0).sum() for k, t in terms.items())
+
+    batch = meshes.to_global(batch, mesh)
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_one_compilation_for_every_mix(run, mesh, params):
+    stage = run.stages[0]
+    table = match_rules(stage.rules, list(params))
+    tx = optimizer(stage.optim, stage.steps, table)
+    trainable, frozen = split(params, table, jnp.float32)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, jax.jit(tx.init)(trainable))
+    step = jax.jit(make_step(run.model, LOSSES, tx, jnp.float32, 1))
+    for images in ([0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 2, 0]):
+        state, metrics = step(state, meshes.to_global(make_batch(run, images), mesh))
+        assert all(np.isfinite(v) for v in jax.device_get(metrics).values()), metrics
+    assert step._cache_size() == 1
+    assert all(np.isfinite(v).all() for v in jax.device_get(state.trainable).values())
+
+
+def test_masked_slots_change_nothing(run, mesh, params):
+    clean, dirty = (make_batch(run, [0, 1, 0, 1]) for _ in range(2))
+    empty = clean.visual_positions[:, :, 0] < 0
+    rng = np.random.default_rng(1)
+    for name in dirty.images:
+        dirty.images[name][empty] = rng.integers(0, 256, dirty.images[name][empty].shape)
+        dirty.padding[name][empty] = 1
+    for name in dirty.targets:
+        dirty.targets[name][empty] = 1e3
+    (loss, grads), (loss2, grads2) = (loss_and_gradients(run, mesh, params, b) for b in (clean, dirty))
+    assert loss == loss2
+    for path in grads:
+        np.testing.assert_array_equal(grads[path], grads2[path], err_msg=path)
+
+
+def test_text_only_batch_trains_text_and_nothing_else(run, mesh, params):
+    _, grads = loss_and_gradients(run, mesh, params, make_batch(run, [0, 0, 0, 0]))
+    for path, grad in grads.items():
+        assert np.isfinite(grad).all(), path
+        if not path.startswith("llm/"):
+            assert not np.asarray(grad).any(), path
+    assert np.asarray(grads["llm/embedding/embedding"]).any()
+
+
+def test_accumulation_is_the_same_update(run, mesh, params):
+    batch = meshes.to_global(make_batch(run, [0, 1, 2, 1]), mesh)
+    table = match_rules(run.stages[0].rules, list(params))
+    trainable, frozen = split(params, table, jnp.float32)
+    tx = optimizer(run.stages[0].optim, 10, table)
+    results = []
+    for parts in (1, 2):
+        step = jax.jit(make_step(run.model, {"next_token": 1.0}, tx, jnp.float32, parts))
+        state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, jax.jit(tx.init)(trainable))
+        results.append(step(state, batch)[1])
+    assert results[0].keys() == results[1].keys()
+    for key in results[0]:
+        assert float(results[0][key]) == pytest.approx(float(results[1][key]), rel=1e-5), key
+
+
+def test_samples_of_a_row_do_not_see_each_other(run, mesh, params):
+    a, b = (make_batch(run, [1, 1, 1, 1]) for _ in range(2))
+    b.tokens[:, : S // 2] = 7  # the first sample's text changes
+    hidden = jax.jit(lambda p, x: run.model.apply({"params": unflatten(p)}, x, method="hidden")[0])
+    first, second = (np.asarray(hidden(params, meshes.to_global(x, mesh))) for x in (a, b))
+    np.testing.assert_allclose(first[:, S // 2 :], second[:, S // 2 :], atol=1e-6)
+    assert np.abs(first[:, : S // 2] - second[:, : S // 2]).max() > 0.1
