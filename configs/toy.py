@@ -43,37 +43,63 @@ def model() -> MLLM:
             **SMALL,
         ),
         distill={
-            "depth": EmbedDistill(GRID * GRID, 4, WIDTH, layers=(2,), tokens=4, predictor_width=96, heads=2, aligned=True, norm_out=False),
-            "seg": EmbedDistill(GRID * GRID, 16, WIDTH, layers=(2,), tokens=4, predictor_width=96, heads=2, aligned=True, norm_out=False),
+            "depth": EmbedDistill(
+                GRID * GRID,
+                4,
+                WIDTH,
+                layers=(2,),
+                tokens=4,
+                predictor_width=96,
+                heads=2,
+                aligned=True,
+                norm_out=False,
+            ),
+            "seg": EmbedDistill(
+                GRID * GRID,
+                16,
+                WIDTH,
+                layers=(2,),
+                tokens=4,
+                predictor_width=96,
+                heads=2,
+                aligned=True,
+                norm_out=False,
+            ),
         },
         vocab_chunk=256,
     )
 
 
 def config() -> Run:
-    losses = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
+    optim = Optim(2e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98)
+    captions, questions = (
+        Source(f"{SCENES}/align.jsonl", weight=0.15),
+        Source(f"{SCENES}/instruct.jsonl", weight=0.85),
+    )
     return Run(
         name="toy",
         model=model(),
         data=Data(f"{SCENES}/tokenizer", TOY, seq_len=256, image_slots=3, targets=MapTargets(GRID), shards=4),
         stages=(
+            # The visual path learns from the maps and from captions.
             Stage(
                 "align",
-                (Source(f"{SCENES}/align.jsonl"),),
-                steps=300,
+                (captions,),
+                steps=400,
                 rows=12,
                 rules=(Rule(".*"),),
-                losses=losses,
-                optim=Optim(2e-3, warmup=0.1, final=0.5, weight_decay=0.05, b2=0.98),
+                losses={"next_token": 1.0, "depth": 0.5, "seg": 0.5},
+                optim=optim,
             ),
+            # Encoders and fusers are frozen, the rest learns to answer.
             Stage(
                 "instruct",
-                (Source(f"{SCENES}/instruct.jsonl"),),
+                (questions, captions),
                 steps=1200,
                 rows=12,
-                rules=(Rule(".*"),),
-                losses=losses,
-                optim=Optim(2e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98),
+                rules=(Rule("^(encoders|fusers|distill)_", lr=None), Rule(".*")),
+                losses={"next_token": 1.0},
+                optim=optim,
             ),
         ),
         compute_dtype="float32",

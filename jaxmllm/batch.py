@@ -1,9 +1,9 @@
 """The structs that pass between stages. Letters used in shapes everywhere:
 
-    B rows   S tokens of a row   I image slots of a row   N = B*I images   V vocabulary
-    L side of the query grid     P = L*(L+1) grid slots with a newline column
-    T = P + task tokens, the visual block of one image     H width of the language model
-    K taps (or encoders)         h, w grid of an encoder   C its channels
+B rows   S tokens of a row   I image slots of a row   N = B*I images   V vocabulary
+L side of the query grid     P = L*(L+1) grid slots with a newline column
+T = P + task tokens, the visual block of one image     H width of the language model
+K taps (or encoders)         h, w grid of an encoder   C its channels
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ class Memory:
     context: jax.Array  # [N, C]
 
 
-@partial(jax.tree_util.register_dataclass, meta_fields=("grid", "columns"), data_fields=("memory", "positions", "index"))
+@partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=("grid", "columns"),
+    data_fields=("memory", "positions", "index"),
+)
 @dataclasses.dataclass(frozen=True)
 class Visual:
     """Where the images of a packed batch stand, for layers that look at them inside the language model."""

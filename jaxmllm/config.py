@@ -110,7 +110,9 @@ def load(target: str) -> Run:
     path, _, name = target.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"no config file {path!r}{suggest(path, [str(p) for p in Path('configs').glob('*.py')])}")
-    functions = {k: v for k, v in runpy.run_path(path).items() if callable(v) and getattr(v, "__module__", "") == "<run_path>"}
+    functions = {
+        k: v for k, v in runpy.run_path(path).items() if callable(v) and getattr(v, "__module__", "") == "<run_path>"
+    }
     name = name or "config"
     if name not in functions:
         raise ConfigError(f"{path} has no variant {name!r}{suggest(name, functions)}")
@@ -118,7 +120,7 @@ def load(target: str) -> Run:
 
 
 def suggest(name: str, known: Any) -> str:
-    """"; did you mean ..?" with the nearest known name, or the list of them."""
+    """ "; did you mean ..?" with the nearest known name, or the list of them."""
     known = [str(k) for k in known]
     close = difflib.get_close_matches(name, known, 1, 0.5)
     if close:
@@ -128,7 +130,11 @@ def suggest(name: str, known: Any) -> str:
 
 def field_names(node: Any) -> list[str]:
     """Names of the settable fields of a dataclass or Flax module."""
-    return [f.name for f in dataclasses.fields(node) if f.init and f.name not in ("parent", "name" * isinstance(node, nn.Module))]
+    return [
+        f.name
+        for f in dataclasses.fields(node)
+        if f.init and f.name not in ("parent", "name" * isinstance(node, nn.Module))
+    ]
 
 
 def override(node: Any, assignments: list[str]) -> Any:
@@ -152,7 +158,9 @@ def _assign(node: Any, path: list[str], value: Any, assignment: str) -> Any:
     if isinstance(node, Mapping):
         known = dict(node)
     elif isinstance(node, tuple):
-        known = {str(getattr(item, "name", i)): item for i, item in enumerate(node)} | {str(i): v for i, v in enumerate(node)}
+        known = {str(getattr(item, "name", i)): item for i, item in enumerate(node)} | {
+            str(i): v for i, v in enumerate(node)
+        }
     elif dataclasses.is_dataclass(node):
         known = {name: getattr(node, name) for name in field_names(node)}
     else:
@@ -219,4 +227,6 @@ def check_resumable(saved: Any, run: Run, workdir: str) -> None:
     lines = [d for d in differences(saved, to_json(run)) if not d.startswith(RESUMABLE)]
     if lines:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise ConfigError(f"{workdir} belongs to another config: {lines[0]}{more}; use another --workdir or the old setting")
+        raise ConfigError(
+            f"{workdir} belongs to another config: {lines[0]}{more}; use another --workdir or the old setting"
+        )

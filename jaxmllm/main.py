@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("train", train, "train a config, or resume it: the same command again goes on where it stopped")
     sub.add_argument("config", metavar="FILE.py[:variant]")
-    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config")
+    sub.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config"
+    )
     sub.add_argument("--workdir", help="where everything goes (default: runs/NAME)")
 
     sub.add_argument("--distributed", action="store_true", help="join the other hosts of a pod slice")
@@ -104,7 +106,9 @@ def make_loader(run, stage, workdir: str):
     data = run.data
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > run.model.llm.vocab:
-        raise ConfigError(f"tokenizer {data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is {run.model.llm.vocab}")
+        raise ConfigError(
+            f"tokenizer {data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is {run.model.llm.vocab}"
+        )
     spec = SampleSpec(tokenizer, data.template, run.model.layout, data.seq_len, data.image_slots, data.targets)
     return Loader(
         [(open_source(s.path, s.image_root), s.weight) for s in stage.sources],
@@ -140,11 +144,11 @@ def evaluate(args: argparse.Namespace) -> None:
     out = Path(args.out or f"{args.workdir}/eval.json")
     out.write_text(json.dumps(result | training_cost(args.workdir), indent=1) + "\n")
     draw_sheet(rows, replies, str(out.with_suffix(".png")))
+    held, columns = result["heldout"], [result[k] for k in ("heldout", "blind", "shuffled")]
     print(f"{'kind':<10} {'n':>5} {'model':>7} {'blind':>7} {'shuffled':>9}")
-    held, blind, shuffled = (result[k] for k in ("heldout", "blind", "shuffled"))
-    for kind, n in sorted(held["n"].items()):
-        print(f"{kind:<10} {n:>5} {held['by_kind'][kind]:>7.1f} {blind['by_kind'][kind]:>7.1f} {shuffled['by_kind'][kind]:>9.1f}")
-    print(f"{'all':<10} {len(rows):>5} {held['overall']:>7.1f} {blind['overall']:>7.1f} {shuffled['overall']:>9.1f}")
+    lines = [(kind, n, *(c["by_kind"][kind] for c in columns)) for kind, n in sorted(held["n"].items())]
+    for name, n, model, blind, shuffled in [*lines, ("all", len(rows), *(c["overall"] for c in columns))]:
+        print(f"{name:<10} {n:>5} {model:>7.1f} {blind:>7.1f} {shuffled:>9.1f}")
     print(f"{out} and {out.with_suffix('.png')} hold the details")
 
 

@@ -80,7 +80,11 @@ def start_processes(timeout: int = 1800) -> None:
     count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     place = f"process {index} of {count} on {socket.gethostname()}, coordinator {address}"
     place = place if address else f"a process on {socket.gethostname()}, coordinator and number from the platform"
-    print(f"{time.strftime('%H:%M:%S')} {place}: waiting for the others (up to {timeout} s)", file=sys.stderr, flush=True)
+    print(
+        f"{time.strftime('%H:%M:%S')} {place}: waiting for the others (up to {timeout} s)",
+        file=sys.stderr,
+        flush=True,
+    )
     given = dict(coordinator_address=address, num_processes=int(count), process_id=int(index)) if address else {}
     jax.distributed.initialize(initialization_timeout=timeout, **given)
     print(f"{time.strftime('%H:%M:%S')} all {jax.process_count()} are here", file=sys.stderr, flush=True)

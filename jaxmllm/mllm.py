@@ -82,7 +82,7 @@ class MLLM(nn.Module):
             return self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
 
     def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, Term]]:
-        """Unreduced losses of the named objectives, and `accuracy` of the next token. Names: "next_token" and the teachers'."""
+        """Unreduced losses of the named objectives ("next_token" and the teachers'), and the next token's accuracy."""
         teachers = {name: self.distill[name] for name in self.distill if name in losses}
         taps = tuple(sorted({layer for teacher in teachers.values() for layer in teacher.layers}))
         states, tapped, _ = self.hidden(batch, taps)
@@ -129,4 +129,3 @@ def content_mask(padding: jax.Array, grid: int) -> jax.Array:
     at = jnp.arange(grid)
     inside = (at >= padding[..., None]) & (at < grid - padding[..., None])  # [N, 2, grid]
     return inside[:, 1, :, None] & inside[:, 0, None, :]
-

@@ -133,5 +133,5 @@ def cambrian_full(case: Case) -> Check:
     if c["path"] == "train":
         for j in range(len(after)):
             compare |= {f"in_llm_{j}_query": patches[..., None], f"in_llm_{j}_output": patches[..., None]}
-    ours = shapes(model, jax.tree.map(jnp.asarray, with_maps(x)), ("next_token",))
+    ours = shapes(model, jax.tree.map(jnp.asarray, with_maps(x)), losses=("next_token",))
     return Check(forward, tables.cambrian(model), ours, compare)

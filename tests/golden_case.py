@@ -70,8 +70,9 @@ def load(path: str | Path) -> Case:
 
 
 def shapes(module: nn.Module, *args, **options) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the module's parameters."""
-    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **options))["params"]
+    """{path: shape} of the module's parameters; arrays in args may be numpy, or shapes alone."""
+    init = lambda *args: module.init(jax.random.key(0), *args, **options)
+    tree = jax.eval_shape(init, *args)["params"]
     return {path: x.shape for path, x in flatten(tree).items()}
 
 

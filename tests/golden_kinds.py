@@ -34,9 +34,7 @@ def mmfuser(case: Case) -> Check:
     module = MMFuser(c["num_heads"], c["num_points"], c["layer_norm_eps"])
 
     def taps(x):
-        maps = [
-            m.reshape(m.shape[0], side, side, -1) for m, side in zip(numbered(x, "features"), c["grid_sides"])
-        ]
+        maps = [m.reshape(m.shape[0], side, side, -1) for m, side in zip(numbered(x, "features"), c["grid_sides"])]
         return maps[: c["num_key_value_levels"]] + maps[-1:]
 
     def forward(params, x):
@@ -79,9 +77,7 @@ def cambrian_masks(case: Case) -> Check:
 
     def forward(_, x):
         sizes = x["image_sizes"].tolist()
-        pads = np.array(
-            [[padding(*size, side) for side in (grid, fine)] for size in sizes]
-        )  # [image, side, (x, y)]
+        pads = np.array([[padding(*size, side) for side in (grid, fine)] for size in sizes])  # [image, side, (x, y)]
         tokens = np.stack([token_mask(*size, grid, newline=True) for size in sizes])
         keys = np.stack([key_mask(padding(*size, fine), fine) for size in sizes])
         return {

@@ -53,9 +53,7 @@ def through(model: MLLM, batch: Batch, keys: jax.Array, taps: tuple[int, ...]) -
     return {"x": x, "block": block, "visual": visual, "tapped": tapped, "logits": logits, "loss": loss}
 
 
-def text_rows(
-    case: Case, layout: VisualLayout, places: list[list[int]], length: int
-) -> tuple[Batch, np.ndarray]:
+def text_rows(case: Case, layout: VisualLayout, places: list[list[int]], length: int) -> tuple[Batch, np.ndarray]:
     """Rows as the data pipeline makes them: ids, the picture's tokens (`places` in its block), ids, padding.
 
     Returns the numpy batch, pictures left out, and int32[B, length]: which of the file's ids stands at each

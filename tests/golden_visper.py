@@ -128,10 +128,7 @@ def build(case: Case) -> MLLM:
 
     def teacher(task):
         own = common[task]
-        maps = sum(
-            bool(re.fullmatch(rf"image_{task}_heads\.0\.linear_\d+\.0\.weight", name))
-            for name in case.weights
-        )
+        maps = sum(bool(re.fullmatch(rf"image_{task}_heads\.0\.linear_\d+\.0\.weight", name)) for name in case.weights)
         return EmbedDistill(
             own["queries"], own["output_width"], width, tuple(own["layers"]), c["task_tokens_per_task"],
             pooled=task != "gen", predictor_width=own["working_width"], heads=common["num_heads"],
@@ -187,15 +184,11 @@ def visper_full(case: Case) -> Check:
             layers = []
             for i, y in enumerate(predictions):
                 outputs[f"{task}_prediction_{i}"] = channels_first(y, target.shape)
-                loss = reference_loss(
-                    y, rows_last(target), scale, mask, c["contrastive_weight"], c["scale_clip"]
-                )
+                loss = reference_loss(y, rows_last(target), scale, mask, c["contrastive_weight"], c["scale_clip"])
                 layers.append({name: loss[name][0] for name in ("total", "smooth_l1", "contrastive")})
             for name in layers[0]:
                 outputs[f"{task}_layer_{name}"] = jnp.stack([layer[name] for layer in layers])
-            outputs[f"{task}_loss"] = (
-                c["predictors"][task]["loss_weight"] * outputs[f"{task}_layer_total"].sum()
-            )
+            outputs[f"{task}_loss"] = c["predictors"][task]["loss_weight"] * outputs[f"{task}_layer_total"].sum()
             total = total + outputs[f"{task}_loss"]
         return outputs | {"total_loss": total, "scalar": total}
 

@@ -76,7 +76,12 @@ def test_bad_samples_are_named_and_the_run_goes_on(scenes, tmp_path):
 
 
 def test_chat_answers_and_refuses(scenes, tmp_path):
-    jaxmllm("train", *settings(scenes, **{"stages.align.steps": 1, "stages.instruct.steps": 1}), "--workdir", tmp_path / "run")
+    jaxmllm(
+        "train",
+        *settings(scenes, **{"stages.align.steps": 1, "stages.instruct.steps": 1}),
+        "--workdir",
+        tmp_path / "run",
+    )
     photo = tmp_path / "photo.png"
     Image.new("RGB", (300, 200), "red").save(photo)
     done = jaxmllm("chat", tmp_path / "run", "--image", photo, "--prompt", "Describe the image.")

@@ -173,9 +173,7 @@ def test_tfds_folders_need_no_tensorflow(tmp_path, kind):
     builder = Tiny(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     source = pickle.loads(pickle.dumps(open_source(f"{builder.data_path}:train")))
-    records = sorted(
-        (source[k] for k in range(3)), key=lambda record: record.data["conversations"][1]["value"]
-    )
+    records = sorted((source[k] for k in range(3)), key=lambda record: record.data["conversations"][1]["value"])
     assert [record.data["conversations"] for record in records] == [chat(*turns) for turns in says]
     assert [record.images[0].read() for record in records] == [jpeg(8, 6 + k) for k in range(3)]
     assert "tensorflow" not in sys.modules
@@ -216,10 +214,7 @@ def test_templates_write_what_the_references_write():
         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nno<|eot_id|>"
     )
-    assert (
-        "<|im_start|>user\n<image>\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>"
-        in text(CHATML)
-    )
+    assert "<|im_start|>user\n<image>\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>" in text(CHATML)
 
 
 def test_word_tokenizer(words):
@@ -305,9 +300,7 @@ def test_map_targets(folder, words):
     for cell in range(16):
         y, x = 10 * (cell // 4), 10 * (cell % 4)
         parts = [depth[y + b : y + b + 5, x + a : x + a + 5].mean() for b in (0, 5) for a in (0, 5)]
-        np.testing.assert_allclose(
-            sample.targets["depth"][0, cell], (np.array(parts) - 0.5) / 0.25, atol=1e-5
-        )
+        np.testing.assert_allclose(sample.targets["depth"][0, cell], (np.array(parts) - 0.5) / 0.25, atol=1e-5)
     seg = np.zeros((16, 20), np.float32)
     seg[[0, 4]] = noun_code("frog", 20)
     seg[15] = 0.5 * noun_code("pond", 20)
@@ -362,9 +355,7 @@ def bad_records(root: Path) -> dict[str, dict]:
 def test_bad_samples_say_why(folder, words):
     root, _ = folder
     cases = bad_records(root)
-    source = LlavaSource(
-        write_jsonl(root / "bad.jsonl", [{"id": f"n{k}", **r} for k, r in enumerate(cases.values())])
-    )
+    source = LlavaSource(write_jsonl(root / "bad.jsonl", [{"id": f"n{k}", **r} for k, r in enumerate(cases.values())]))
     spec = spec_of(words, targets=MapTargets(4))
     for k, reason in enumerate(cases):
         with pytest.raises(BadSample) as caught:
@@ -384,9 +375,7 @@ def test_check_and_stats(folder, words):
     bad = [{"id": f"n{k}", "source": "worse", **r} for k, r in enumerate(bad_records(root).values())]
     source = LlavaSource(write_jsonl(root / "all.jsonl", [*records, *bad, records[0]]))
     report = check(source)
-    assert (
-        report.records == 20 and report.sources == {"": 5, "worse": 15} and report.duplicates == {"square": 2}
-    )
+    assert report.records == 20 and report.sources == {"": 5, "worse": 15} and report.duplicates == {"square": 2}
     kinds = {kind: len(found) for kind, found in report.problems.items()}
     assert kinds == {
         "missing file": 1, "only the case differs": 1, "unreadable picture": 2, "wrong number of <image>": 3,

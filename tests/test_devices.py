@@ -42,7 +42,15 @@ def test_two_processes(scenes, tmp_path, one_device):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "jaxmllm.main", "train", *settings(scenes, **STEPS), "--workdir", str(tmp_path)]
+    words = [
+        sys.executable,
+        "-m",
+        "jaxmllm.main",
+        "train",
+        *settings(scenes, **STEPS),
+        "--workdir",
+        str(tmp_path),
+    ]
     processes = [
         subprocess.Popen(
             words,

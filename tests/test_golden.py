@@ -110,8 +110,7 @@ def test_other_order_of_encoders():
         return name
 
     renamed = {
-        part: {rename(name): x for name, x in getattr(c, part).items()}
-        for part in ("weights", "inputs", "grads")
+        part: {rename(name): x for name, x in getattr(c, part).items()} for part in ("weights", "inputs", "grads")
     }
     windows = [c.config["window_sides"][old] for old in order]
     assert verdict(with_config(dataclasses.replace(c, **renamed), window_sides=windows))
@@ -134,9 +133,7 @@ def test_loss_of_several_ranks():
     def split(x):
         return x.reshape(2, -1, *x.shape[1:])
 
-    inputs = {
-        name: split(x) if x.ndim else np.full(2, x) for name, x in c.inputs.items() if name != "mask_partial"
-    }
+    inputs = {name: split(x) if x.ndim else np.full(2, x) for name, x in c.inputs.items() if name != "mask_partial"}
     outputs = {name: split(x) if x.ndim else x for name, x in c.outputs.items() if "partial" not in name}
     grads = {"inputs/predictions": split(c.grads["inputs/predictions"])}
     several = dataclasses.replace(with_config(c, ranks=2), inputs=inputs, outputs=outputs, grads=grads)
@@ -151,9 +148,7 @@ def test_padded_pictures_on_both_paths():
     for b, kept in enumerate(outputs["unpadded_grid"]):
         patches = valid[b, at : at + 4 * 5].reshape(4, 5)[:, :4]
         assert patches.sum() == kept.prod() < 16
-        alone = {
-            name: outputs[name][b : b + 1, valid[b]] for name in ("logits", "inputs_embeds", "position_ids")
-        }
+        alone = {name: outputs[name][b : b + 1, valid[b]] for name in ("logits", "inputs_embeds", "position_ids")}
         for name in ("in_llm_0_output", "in_llm_1_query", "in_llm_1_output"):
             alone[name] = outputs[name][b][patches].reshape(1, *kept, -1)
         alone["unpadded_grid"] = kept[None]

@@ -71,9 +71,7 @@ def take(loader: Loader, count: int) -> list:
 def leaves(batch) -> dict[str, np.ndarray]:
     found = {}
     for name, value in vars(batch).items():
-        found.update(
-            {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-        )
+        found.update({f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
     return found
 
 
@@ -145,9 +143,7 @@ def test_shapes_are_those_of_an_empty_batch(source, spec, tmp_path):
     with open_loader(source, spec, tmp_path) as loader:
         found = leaves(next(loader)[0])
     empty = leaves(empty_batch(LAYOUT, 8, spec.seq_len, spec.image_slots, spec.target_shapes))
-    assert {k: (v.shape, v.dtype) for k, v in found.items()} == {
-        k: (v.shape, v.dtype) for k, v in empty.items()
-    }
+    assert {k: (v.shape, v.dtype) for k, v in found.items()} == {k: (v.shape, v.dtype) for k, v in empty.items()}
 
 
 def test_every_record_comes_once_an_epoch_in_a_new_order(source, spec, tmp_path):
@@ -241,9 +237,7 @@ def test_bad_samples_do_not_change_the_others(folder, spec, tmp_path, source):
     with open_loader(source, spec, tmp_path, **plain) as loader:
         expected = [id for id in ids_of(take(loader, 2 * RECORDS)) if id not in (4, 7, 20, 30)]
     for threads in (0, 3):
-        with open_loader(
-            LlavaSource(folder / "bad.jsonl"), spec, tmp_path, threads=threads, **plain
-        ) as loader:
+        with open_loader(LlavaSource(folder / "bad.jsonl"), spec, tmp_path, threads=threads, **plain) as loader:
             batches = take(loader, 2 * (RECORDS - 4))
         assert ids_of(batches) == expected
         assert batches[-1][1]["dropped"] == 4
@@ -257,9 +251,7 @@ def test_bad_samples_do_not_change_the_others(folder, spec, tmp_path, source):
 def test_too_many_bad_samples_end_the_run(folder, spec, tmp_path):
     (folder / "all_bad.jsonl").write_text("".join(json.dumps({"id": str(k)}) + "\n" for k in range(60)))
     source = LlavaSource(folder / "all_bad.jsonl")
-    loader = Loader(
-        [(source, 1.0)], spec, Ledger(tmp_path / "bad.jsonl", 20), rows=4, num_shards=2, threads=2
-    )
+    loader = Loader([(source, 1.0)], spec, Ledger(tmp_path / "bad.jsonl", 20), rows=4, num_shards=2, threads=2)
     with pytest.raises(TooManyBadSamples, match=r"2\d samples are bad, the limit is 20"):
         next(loader)
     with pytest.raises(ValueError, match="closed"):
@@ -280,9 +272,7 @@ def test_ledger(tmp_path):
     ledger = Ledger(path, max_bad=2)
     assert ledger.count == 2
     ledger.add(BadSample("b", "file", "too long", "9"))
-    with pytest.raises(
-        TooManyBadSamples, match="3 samples are bad, the limit is 2; the first: a: too long: 9;"
-    ):
+    with pytest.raises(TooManyBadSamples, match="3 samples are bad, the limit is 2; the first: a: too long: 9;"):
         ledger.add(BadSample("c", "file", "missing file"))
     lines = path.read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[-1]) == {"id": "c", "path": "file", "reason": "missing file"}

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import pytest
 
 from tests.conftest import ROOT, jaxmllm, settings
 
@@ -20,8 +19,10 @@ def newest_state(workdir, stage):
     folder = workdir / stage / "checkpoints"
     step = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return step, checkpointer.restore(folder / str(step) / "state"), json.loads(
-            (folder / str(step) / "data" / "metadata").read_text()
+        return (
+            step,
+            checkpointer.restore(folder / str(step) / "state"),
+            json.loads((folder / str(step) / "data" / "metadata").read_text()),
         )
 
 

@@ -27,9 +27,7 @@ def read(path: Path) -> list[dict]:
 
 
 def maps(folder: Path, image: str) -> tuple[np.ndarray, np.ndarray]:
-    depth, instances = (
-        folder / image.replace("images", kind).replace("jpg", "png") for kind in ("depth", "instances")
-    )
+    depth, instances = (folder / image.replace("images", kind).replace("jpg", "png") for kind in ("depth", "instances"))
     return np.asarray(Image.open(depth)), np.asarray(Image.open(instances))
 
 
@@ -68,9 +66,7 @@ def test_every_training_answer_follows_from_the_maps(folder: Path) -> None:
         assert Image.open(folder / record["image"]).size == depth.shape == instances.shape == (96, 96)
         turns = record["conversations"]
         assert 2 <= len(turns) <= 8
-        assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (
-            len(turns) - 1
-        )
+        assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)
         for asked, given in zip(turns[::2], turns[1::2], strict=True):
             question = asked["value"].removeprefix("<image>\n")
             assert given["value"] == answer_from_maps(question, record["objects"], depth, instances)
@@ -108,11 +104,7 @@ def test_heldout_rows_are_right_and_every_kind_is_there(folder: Path, split: str
         else:
             answer = row["choices"]["ABCD".index(row["answer"][1])]
             assert answer == answer_from_maps(row["question"], objects, *maps(folder, row["image"]))
-            assert (
-                len(set(row["choices"]))
-                == len(row["choices"])
-                == (4 if row["task"] in ("Count", "Name") else 2)
-            )
+            assert len(set(row["choices"])) == len(row["choices"]) == (4 if row["task"] in ("Count", "Name") else 2)
     letters = Counter(row["answer"] for row in rows if row["task"] == "Exist")
     yes = Counter(row["choices"]["ABCD".index(row["answer"][1])] for row in rows if row["task"] == "Exist")
     assert yes["yes"] == yes["no"] == tasks["Exist"] / 2
@@ -161,9 +153,7 @@ def test_enough_of_every_object_is_visible() -> None:
         for k, thing in enumerate(scene.objects, start=1):
             left, top, right, bottom = thing.box
             whole = fill[thing.noun] * (right - left) * (bottom - top)
-            assert (scene.instances == k).sum() > (
-                MIN_VISIBLE - 0.05
-            ) * whole  # reduced sprites differ a little
+            assert (scene.instances == k).sum() > (MIN_VISIBLE - 0.05) * whole  # reduced sprites differ a little
         depths = [thing.depth for thing in scene.objects]
         assert depths == sorted(depths)
 
@@ -249,9 +239,7 @@ def test_a_whole_folder_is_left_alone_and_other_arguments_are_refused(tmp_path: 
         make_scenes(tmp_path / "full")
 
 
-@pytest.mark.parametrize(
-    "bad", [{"nouns": 4}, {"nouns": 1000}, {"size": 16}, {"train": -1}, {"processes": 0}]
-)
+@pytest.mark.parametrize("bad", [{"nouns": 4}, {"nouns": 1000}, {"size": 16}, {"train": -1}, {"processes": 0}])
 def test_bad_arguments_are_named(tmp_path: Path, bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))) as caught:
         make_scenes(tmp_path / "scenes", **bad)

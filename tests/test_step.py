@@ -10,8 +10,8 @@ import pytest
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.config import load
-from jaxmllm.train.setup import initial_params
 from jaxmllm.train.optim import optimizer
+from jaxmllm.train.setup import initial_params
 from jaxmllm.train.state import TrainState, match_rules, split, unflatten
 from jaxmllm.train.step import make_step
 

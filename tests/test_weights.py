@@ -116,9 +116,7 @@ def test_layers_are_where_the_decoder_says():
     decoder = llm(inserts=Inserts(0, 1, 3), insert=SVALayer(16, 4))
     for i in range(decoder.layers):
         path, index = decoder.layer_path(i)
-        entry = next(
-            e for e in tables.llama(decoder).entries if e.key == f"model.layers.{i}.mlp.up_proj.weight"
-        )
+        entry = next(e for e in tables.llama(decoder).entries if e.key == f"model.layers.{i}.mlp.up_proj.weight")
         assert (entry.path, entry.index) == (f"{path}/mlp/up/kernel", index)
 
 
@@ -138,8 +136,7 @@ def test_all_problems_are_told_by_name():
     message = problems(table, foreign, ours | {"head/more": (3,)})
     assert message.startswith("4 weights do not fit")
     assert (
-        "- model.layers.3.mlp.up_proj.weight: not in the file, wanted by head/layers/block/mlp/up/kernel[3]"
-        in message
+        "- model.layers.3.mlp.up_proj.weight: not in the file, wanted by head/layers/block/mlp/up/kernel[3]" in message
     )
     assert "+ model.layers.5.mlp.up_proj.weight: in the file" in message
     assert "! model.norm.weight: (15,) in the file, (16,) wanted by norm/scale" in message
@@ -161,17 +158,13 @@ def test_table_must_fill_everything_once():
 
 def test_transposed_weight_is_refused():
     table = Table((Entry("a", "w", linear()),))
-    assert "! a: (3, 2) in the file, (2, 3) wanted by w" in problems(
-        table, {"a": np.zeros((3, 2))}, {"w": (3, 2)}
-    )
+    assert "! a: (3, 2) in the file, (2, 3) wanted by w" in problems(table, {"a": np.zeros((3, 2))}, {"w": (3, 2)})
 
 
 def test_mixed_dtypes_in_one_stack_are_refused():
     table = Table((Entry("a", "w", index=(0,)), Entry("b", "w", index=(1,))))
     foreign = {"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float16)}
-    assert "! b: float16 in the file, other layers of w are float32" in problems(
-        table, foreign, {"w": (2, 3)}
-    )
+    assert "! b: float16 in the file, other layers of w are float32" in problems(table, foreign, {"w": (2, 3)})
 
 
 def test_folder_with_two_shards(tmp_path):

@@ -31,5 +31,7 @@ class MLPProjector(nn.Module):
     def __call__(self, maps: dict[str, jax.Array], masks: dict[str, jax.Array]) -> VisualTokens:
         (x,) = maps.values()
         x = MLP(self.width, self.width, name="projector")(x)
-        newline = Table((self.width,), nn.initializers.normal(self.width**-0.5), name="newline")() if self.newline else None
+        newline = (
+            Table((self.width,), nn.initializers.normal(self.width**-0.5), name="newline")() if self.newline else None
+        )
         return VisualTokens(add_newlines(x, newline), None)

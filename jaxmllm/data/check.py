@@ -40,9 +40,7 @@ class Stats:
 
     used: int  # records looked at that are usable
     bad: int  # those that are not
-    tokens: dict[
-        str, int
-    ]  # "min", "p50", "p90", "p99", "max", and "mean": tokens of a sample, pictures included
+    tokens: dict[str, int]  # "min", "p50", "p90", "p99", "max", and "mean": tokens of a sample, pictures included
     trained: int  # tokens with a label, of all samples
     images: dict[int, int]  # pictures in a record -> records
     packing: float  # share of a row's places that are no padding

@@ -28,9 +28,7 @@ class Ledger:
         if os.path.exists(self.path):
             with open(self.path, encoding="utf-8") as file:
                 for line in file:
-                    with contextlib.suppress(
-                        ValueError
-                    ):  # a line the process died in; its sample comes again
+                    with contextlib.suppress(ValueError):  # a line the process died in; its sample comes again
                         entry = json.loads(line)
                         self.reasons[entry["id"]] = entry["reason"]
 

@@ -192,9 +192,7 @@ def load(source: Source, first: int, spec: SampleSpec, ledger: Ledger, index: in
         return None
 
 
-def join(
-    rows: Sequence[Sequence[Sample]], spec: SampleSpec, width: int = SAMPLES
-) -> tuple[Batch, dict[str, Any]]:
+def join(rows: Sequence[Sequence[Sample]], spec: SampleSpec, width: int = SAMPLES) -> tuple[Batch, dict[str, Any]]:
     """Rows of samples -> (Batch, info without "dropped"); width: k of "sample_ids"."""
     batch = empty_batch(spec.layout, len(rows), spec.seq_len, spec.image_slots, spec.target_shapes)
     ids, tokens, images = np.full((len(rows), width), -1, np.int32), 0, 0
@@ -208,9 +206,7 @@ def join(
             batch.labels[span] = sample.labels
             batch.segment_ids[span] = number + 1
             batch.positions[span] = np.arange(len(sample.tokens))
-            batch.visual_index[span] = np.where(
-                sample.visual < 0, -1, sample.visual + slot * spec.layout.block
-            )
+            batch.visual_index[span] = np.where(sample.visual < 0, -1, sample.visual + slot * spec.layout.block)
             for field in ("images", "padding", "targets", "target_mask"):
                 for name, value in getattr(sample, field).items():
                     getattr(batch, field)[name][slots] = value

@@ -36,9 +36,7 @@ class SampleSpec:
 
     def __post_init__(self):
         if self.image_slots < 1:
-            raise ValueError(
-                f"image_slots must be 1 or more, not {self.image_slots}; text needs none of them"
-            )
+            raise ValueError(f"image_slots must be 1 or more, not {self.image_slots}; text needs none of them")
         for marker in self.template.markers():
             if self.tokenizer.backend.token_to_id(marker) is None:
                 lack = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"

@@ -222,10 +222,7 @@ def _write_records(
 ) -> None:
     done, total = 0, sum(len(job.indices) for job in jobs)
     with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(open(folder / f"{name}.jsonl", "w"))
-            for name in _FILES
-        }
+        files = {name: stack.enter_context(open(folder / f"{name}.jsonl", "w")) for name in _FILES}
         written = dict.fromkeys(files, 0)
         results: Iterable[dict[str, list[dict[str, Any]]]] = map(_run, jobs)
         if processes > 1 and len(jobs) > 1:

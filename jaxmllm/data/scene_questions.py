@@ -104,15 +104,11 @@ def conversation(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -
             asked.insert(int(rng.integers(len(asked) + 1)), _exist_or_not(rng, unnamed, absent))
         return asked
     first = _exist_or_not(rng, present, absent)
-    second = _exist_or_not(
-        rng, *([noun for noun in side if noun not in first.nouns] for side in (present, absent))
-    )
+    second = _exist_or_not(rng, *([noun for noun in side if noun not in first.nouns] for side in (present, absent)))
     return [first, second, *asked]
 
 
-def heldout_questions(
-    rng: np.random.Generator, index: int, scene: Scene, nouns: Sequence[str]
-) -> list[Question]:
+def heldout_questions(rng: np.random.Generator, index: int, scene: Scene, nouns: Sequence[str]) -> list[Question]:
     """One question of the scene's own kind; of every third scene also an `Exist` question and the caption."""
     questions = [next(q for q in main_questions(rng, scene, nouns) if q.task == TASK_OF[scene.kind])]
     if index % 3 == 0:
@@ -136,9 +132,7 @@ def _name(rng: np.random.Generator, noun: str, nouns: Sequence[str]) -> Question
 
 def _how_many(noun: str, count: int) -> Question:
     # The choices are always the whole range, so that they tell nothing about the answer.
-    return Question(
-        "Count", f"How many {plurals()[noun]} are in the image?", str(count), tuple("1234"), (noun,)
-    )
+    return Question("Count", f"How many {plurals()[noun]} are in the image?", str(count), tuple("1234"), (noun,))
 
 
 def _relations(pair: Sequence[Thing], axes: Sequence[int] = (0, 1)) -> list[Question]:

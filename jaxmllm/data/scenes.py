@@ -91,9 +91,7 @@ def compose(rng: np.random.Generator, nouns: Sequence[str], size: int, kind: str
       ValueError: an argument is outside of what is said here.
     """
     if len(set(nouns)) < MIN_NOUNS:
-        raise ValueError(
-            f"a scene needs at least {MIN_NOUNS} different nouns to choose from, not {len(set(nouns))}"
-        )
+        raise ValueError(f"a scene needs at least {MIN_NOUNS} different nouns to choose from, not {len(set(nouns))}")
     if unknown := sorted(set(nouns) - plurals().keys()):
         raise ValueError(f"there is no sprite of {', '.join(unknown)}; scenes.plurals() lists the nouns")
     if not SIZES[0] <= size <= SIZES[1]:
@@ -182,16 +180,13 @@ def _scatter(rng: np.random.Generator, nouns: list[str], size: int, low: float, 
     """One object of each noun, sides in [low, high) pixels, anywhere but with boxes that do not overlap."""
     while True:
         sprites = [
-            _sprite(rng, noun, side)
-            for noun, side in zip(nouns, rng.uniform(low, high, len(nouns)), strict=True)
+            _sprite(rng, noun, side) for noun, side in zip(nouns, rng.uniform(low, high, len(nouns)), strict=True)
         ]
         corners = rng.random((len(nouns), 2))
         placed = []
         for noun, sprite, (x, y) in zip(nouns, sprites, corners, strict=True):
             height, width = sprite.mask.shape
-            placed.append(
-                _Placed(noun, sprite, int(x * (size - width + 1)), int(y * (size - height + 1)), CARD_DEPTH)
-            )
+            placed.append(_Placed(noun, sprite, int(x * (size - width + 1)), int(y * (size - height + 1)), CARD_DEPTH))
         if all(apart(a.box, b.box, 0) or apart(a.box, b.box, 1) for a, b in combinations(placed, 2)):
             return placed
 
@@ -219,11 +214,7 @@ def _distance(rng: np.random.Generator, nouns: Sequence[str], size: int) -> list
 def _count(rng: np.random.Generator, nouns: Sequence[str], size: int) -> list[_Placed]:
     """One to four of each of two nouns, and in half of the scenes one of a third."""
     first, second, third = _pick(rng, nouns, 3)
-    crowd = (
-        [first] * int(rng.integers(1, 5))
-        + [second] * int(rng.integers(1, 5))
-        + [third] * int(rng.integers(2))
-    )
+    crowd = [first] * int(rng.integers(1, 5)) + [second] * int(rng.integers(1, 5)) + [third] * int(rng.integers(2))
     pitch = size / 3
     placed = []
     for noun, cell in zip(crowd, rng.permutation(9), strict=False):
@@ -278,9 +269,7 @@ def _texture(rng: np.random.Generator, height: int, width: int, low: int, high: 
     """A mid-tone background, uint8 [height, width, 3]: blotches and grain about a colour in [low, high)."""
     cells, spread, grain = int(rng.choice((2, 3, 5, 9))), int(rng.integers(8, 36)), int(rng.integers(1, 9))
     grid = rng.integers(low, high, 3) + rng.integers(-spread, spread + 1, (cells, cells, 3))
-    smooth = Image.fromarray(np.clip(grid, 0, 255).astype(np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
+    smooth = Image.fromarray(np.clip(grid, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     noise = rng.integers(-grain, grain + 1, (height, width, 1), np.int16)
     return np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
 

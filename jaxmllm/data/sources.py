@@ -185,9 +185,7 @@ class TfdsSource:
         if split not in splits:
             raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
         if not features & {"conversations", "question"}:
-            raise ValueError(
-                f"{folder} has neither `conversations` nor `question`, but {', '.join(features)}"
-            )
+            raise ValueError(f"{folder} has neither `conversations` nor `question`, but {', '.join(features)}")
 
     @functools.cached_property
     def builder(self) -> Any:

@@ -49,16 +49,12 @@ def load_tokenizer(path: str) -> Tokenizer:
     file = Path(path) / "tokenizer.json"
     if file.is_file():
         backend = Backend.from_file(str(file))
-    elif (
-        Path(path) / "tokenizer_config.json"
-    ).is_file():  # a SentencePiece model, which transformers converts
+    elif (Path(path) / "tokenizer_config.json").is_file():  # a SentencePiece model, which transformers converts
         from transformers import AutoTokenizer
 
         backend = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
     else:
-        raise ValueError(
-            f"no tokenizer at {path}: it must be a folder with tokenizer.json or tokenizer_config.json"
-        )
+        raise ValueError(f"no tokenizer at {path}: it must be a folder with tokenizer.json or tokenizer_config.json")
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(str(path), backend)
@@ -71,18 +67,18 @@ def train_word_tokenizer(texts: Iterable[str], out_dir: str) -> Tokenizer:
     depend only on the set of words.
     """
     backend = Backend(models.WordLevel({}, unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
-    # The blank belongs to the word behind it, so that decoding knows where blanks were.
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]"), "isolated")
-    backend.decoder = decoders.Fuse()
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Prepend(" ")]
+    )
+    # The blank belongs to the word behind it, so that decoding knows where blanks were; the first word has one too.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]| "), "isolated")
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     words = set()
     for text in texts:
         for part in text.split("<image>"):
             pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(part))
             words.update(word for word, _ in pieces)
-    backend.model = models.WordLevel(
-        {w: i for i, w in enumerate((*SPECIAL, *sorted(words)))}, unk_token="<unk>"
-    )
+    backend.model = models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *sorted(words)))}, unk_token="<unk>")
     backend.add_special_tokens(list(SPECIAL))
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)

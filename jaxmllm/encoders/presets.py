@@ -1,5 +1,7 @@
-"""Published Vision Transformers by name. Sizes are those of `config.json` of the Hugging Face repository named in each
-function, normalisation that of its `preprocessor_config.json`.
+"""Published Vision Transformers by name.
+
+Sizes are those of `config.json` of the Hugging Face repository named in each function, normalisation that of
+its `preprocessor_config.json`.
 
 taps are hidden-state indices; blocks after the last one are not built. Other fields of ViT may be given or
 replaced.
@@ -22,9 +24,10 @@ def clip_l_336(taps: tuple[int, ...] = (23,), **fields: Any) -> ViT:
 
 
 def siglip_so400m_384(taps: tuple[int, ...] = (27,), **fields: Any) -> ViT:
-    """SigLIP SO400M/14 at 384 pixels: google/siglip-so400m-patch14-384. Its 27 patches a side leave 6 pixels unread.
+    """SigLIP SO400M/14 at 384 pixels: google/siglip-so400m-patch14-384.
 
-    Cambrian-1 reads tap 27 with `final_norm` and pads with CLIP's colour (122, 116, 104).
+    Its 27 patches a side leave 6 pixels unread. Cambrian-1 reads tap 27 with `final_norm` and pads with
+    CLIP's colour (122, 116, 104).
     """
     preset = dict(
         size=384, patch=14, width=1152, layers=27, heads=16, mlp=4304, activation="gelu_tanh", eps=1e-6,
@@ -44,9 +47,7 @@ def dinov2_g(taps: tuple[int, ...] = (40,), **fields: Any) -> ViT:
 
     SwiGLU of two thirds of 4 * width, rounded up to a multiple of 8 (Hugging Face's Dinov2SwiGLUFFN).
     """
-    preset = dict(
-        width=1536, layers=40, heads=24, mlp=(6144 * 2 // 3 + 7) // 8 * 8, gated=True, activation="silu"
-    )
+    preset = dict(width=1536, layers=40, heads=24, mlp=(6144 * 2 // 3 + 7) // 8 * 8, gated=True, activation="silu")
     return _dinov2(taps, preset | fields)
 
 

@@ -83,8 +83,11 @@ class ViT(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size % self.patch and self.stem or self.width % self.heads:
-            raise ValueError(f"ViT: size {self.size} must divide by patch {self.patch}, width {self.width} by heads")
+        if (self.stem and self.size % self.patch) or self.width % self.heads:
+            raise ValueError(
+                f"ViT: width {self.width} must divide by heads {self.heads}, and with a stem size {self.size} by "
+                f"patch {self.patch}"
+            )
         if not self.taps or min(self.taps) < 0 or max(self.taps) > self.layers:
             raise ValueError(f"ViT: taps {self.taps} must lie in 0..{self.layers} (0 = embeddings)")
 
@@ -149,7 +152,7 @@ class ViT(nn.Module):
 
 
 def sincos_table(grid: int) -> Init:
-    """Fixed sine-cosine positions in two dimensions as a start (Chen et al. 2021, MoCo v3); a class token's row is 0."""
+    """Fixed sine-cosine positions in two dimensions as a start (Chen et al. 2021); a class token's row is 0."""
 
     def init(key, shape, dtype=jnp.float32):
         half = shape[1] // 4

@@ -25,7 +25,9 @@ def read_rows(path: str) -> list[Row]:
             row = json.loads(line)
             rows.append({**row, "image": str(Path(path).parent / row["image"])})
         except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path}:{number} is not a benchmark row ({error}); it needs CV-Bench's columns") from error
+            raise ValueError(
+                f"{path}:{number} is not a benchmark row ({error}); it needs CV-Bench's columns"
+            ) from error
     return rows
 
 
@@ -70,7 +72,11 @@ def score(rows: list[Row], right: Sequence[bool]) -> dict:
         kinds[row["task"].lower()].append(ok)
         sources[row["source"]].append(ok)
     percent = {k: round(100 * float(np.mean(v)), 2) for k, v in sorted(kinds.items())}
-    result = {"overall": round(100 * float(np.mean(right)), 2), "by_kind": percent, "n": {k: len(v) for k, v in kinds.items()}}
+    result = {
+        "overall": round(100 * float(np.mean(right)), 2),
+        "by_kind": percent,
+        "n": {k: len(v) for k, v in kinds.items()},
+    }
     if {"ADE20K", "COCO", "Omni3D"} <= set(sources):
         two = np.mean([np.mean(sources["ADE20K"]), np.mean(sources["COCO"])])
         result["cv_bench"] = round(100 * float((two + np.mean(sources["Omni3D"])) / 2), 2)
@@ -90,7 +96,12 @@ def blind_rules(train: list[Row]) -> dict[str, Callable[[Row], str]]:
         rows = [row for row in train if row["task"] == task]
         text = Counter(correct_text(row) for row in rows).most_common(1)[0][0]
         first = Counter(row["answer"] for row in rows).most_common(1)[0][0]
-        options = [lambda row, t=text: t, lambda row, a=first: a, lambda row: named(row, 0), lambda row: named(row, -1)]
+        options = [
+            lambda row, t=text: t,
+            lambda row, a=first: a,
+            lambda row: named(row, 0),
+            lambda row: named(row, -1),
+        ]
         rules[task] = max(options, key=lambda rule: np.mean([is_right(row, rule(row)) for row in rows]))
     return rules
 
@@ -101,7 +112,9 @@ def named(row: Row, which: int) -> str:
     return sorted(p for p in places if p[0] >= 0)[which][1] if any(p[0] >= 0 for p in places) else ""
 
 
-def evaluate(ask: Callable[[list[str], list[str]], list[str]], rows: list[Row], train: list[Row], seed: int = 0) -> dict:
+def evaluate(
+    ask: Callable[[list[str], list[str]], list[str]], rows: list[Row], train: list[Row], seed: int = 0
+) -> dict:
     """Asks all rows -> {"heldout", "blind", "shuffled", "replies"}.
 
     ask(image paths, prompts) -> replies. `shuffled` is the same model with the pictures permuted among the questions; a

@@ -78,7 +78,9 @@ def read_config(workdir: str) -> Run:
     """The config a workdir was made with."""
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{workdir} holds no run (no config.json); train one with `jaxmllm train CONFIG --workdir {workdir}`")
+        raise ConfigError(
+            f"{workdir} holds no run (no config.json); train one with `jaxmllm train CONFIG --workdir {workdir}`"
+        )
     return from_json(json.loads(path.read_text()))
 
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jaxmllm.eval.benchmark import Row, correct_text, is_right
 
-CARD, PICTURE, MARGIN = (250, 330), 230, 10
+CARD, PICTURE, MARGIN = (250, 340), 230, 10
 INK, PAPER, RIGHT, WRONG = "#1d1d1f", "#ffffff", "#1a7f37", "#cf222e"
 
 
@@ -34,9 +34,10 @@ def card(row: Row, reply: str) -> Image.Image:
         side = PICTURE - MARGIN
         image.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (MARGIN, MARGIN))
     draw, font, bold = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(15)
-    question = "\n".join(textwrap.wrap(row["question"], 36)[:3])
+    question = "\n".join(textwrap.wrap(row["question"], 36)[:2])
     draw.multiline_text((MARGIN, PICTURE + 6), question, INK, font, spacing=3)
     ok = is_right(row, reply)
-    answer = reply if ok else f"{reply}   (truth: {correct_text(row)})"
-    draw.text((MARGIN, height - 28), answer[:34], RIGHT if ok else WRONG, bold)
+    text = reply if ok else f"{reply or '(nothing)'}\ntruth: {correct_text(row)}"
+    text = "\n".join(line for part in text.splitlines() for line in textwrap.wrap(part, 32))
+    draw.multiline_text((MARGIN, PICTURE + 46), text, RIGHT if ok else WRONG, bold, spacing=2)
     return image

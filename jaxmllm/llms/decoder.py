@@ -173,7 +173,6 @@ class Decoder(nn.Module):
         self.embedding = Embed(self.vocab, self.width)
         self.head = Stack(block, head, self.remat, self.unroll)
         if groups:
-            group = VisualGroup(self.insert, block, stride, self.remat, self.unroll)
             self.groups = nn.scan(
                 VisualGroup,
                 variable_axes={"params": 0},

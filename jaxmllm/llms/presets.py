@@ -1,5 +1,7 @@
-"""Published language models by name. Sizes are those of `config.json` of the Hugging Face repository named in each
-function. Other fields of Decoder may be given or replaced.
+"""Published language models by name.
+
+Sizes are those of `config.json` of the Hugging Face repository named in each function. Other fields of
+Decoder may be given or replaced.
 """
 
 from __future__ import annotations
@@ -52,7 +54,5 @@ def _qwen2(fields: dict[str, Any]) -> Decoder:
 
 def smollm2_135m(**fields: Any) -> Decoder:
     """HuggingFaceTB/SmolLM2-135M and its Instruct version."""
-    preset = dict(
-        vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536, rope_theta=100000.0, tied=True
-    )
+    preset = dict(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536, rope_theta=100000.0, tied=True)
     return Decoder(**preset | fields)

@@ -28,7 +28,9 @@ class StageCheckpoints:
     def __init__(self, workdir: str, stage: str, keep: int = 2, config: Any = None):
         self.folder = epath.Path(workdir).absolute() / stage
         self.config = config
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=config is not None, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=config is not None, enable_async_checkpointing=True
+        )
         self.manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
 
     def latest(self) -> int | None:

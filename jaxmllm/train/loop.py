@@ -1,7 +1,7 @@
 """The training loop: stages in order, each from where it stopped. The same command again resumes.
 
-Order inside the loop: dispatch step k, fetch the metrics of step k-1 (so the host never makes the device wait), save the
-state after step k beside the position of the data that led to it, and only then draw the next batch.
+Order inside the loop: dispatch step k, fetch the metrics of step k-1 (so the host never makes the device wait), save
+the state after step k beside the position of the data that led to it, and only then draw the next batch.
 """
 
 from __future__ import annotations

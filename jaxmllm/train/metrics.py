@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-
 STARTED = time.perf_counter()  # about when the process did
 
 
@@ -38,7 +37,12 @@ class Reporter:
     def count(self, info: dict[str, Any], wait: float) -> None:
         """One dispatched step: what the loader says of this process's rows, seconds waited for them."""
         share = jax.process_count()
-        counted = {"steps": 1, "tokens": share * info["tokens"], "images": share * info["images"], "wait": wait}
+        counted = {
+            "steps": 1,
+            "tokens": share * info["tokens"],
+            "images": share * info["images"],
+            "wait": wait,
+        }
         for key, value in counted.items():
             self.window[key] += value
 

@@ -25,4 +25,3 @@ def optimizer(optim: Optim, steps: int, table: dict[str, Rule]) -> optax.Gradien
         scale,
         optax.scale_by_learning_rate(schedule(optim, steps)),
     )
-

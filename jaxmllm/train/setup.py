@@ -42,7 +42,11 @@ def initial_params(config: Run) -> Params:
 
 
 def start_stage(
-    config: Run, stage: Stage, mesh: jax.sharding.Mesh, checkpoints: StageCheckpoints, previous: StageCheckpoints | None
+    config: Run,
+    stage: Stage,
+    mesh: jax.sharding.Mesh,
+    checkpoints: StageCheckpoints,
+    previous: StageCheckpoints | None,
 ) -> tuple[TrainState, Any, Callable]:
     """-> (state, data position or None, jitted step): from the stage's newest checkpoint, else from the parameters of
     the stage before, else fresh. Raises ConfigError if the stage's rules do not cover the parameters."""

@@ -47,7 +47,9 @@ def match_rules(rules: tuple[Rule, ...], paths: list[str]) -> dict[str, Rule]:
             raise ConfigError(f"no rule covers parameter {path}; add one, e.g. Rule('.*', lr=None) to freeze the rest")
     for rule in rules:
         if rule not in used:
-            raise ConfigError(f"rule {rule.pattern!r} decides nothing: no parameter matches it first; remove or move it")
+            raise ConfigError(
+                f"rule {rule.pattern!r} decides nothing: no parameter matches it first; remove or move it"
+            )
     return table
 
 

@@ -110,9 +110,7 @@ def join(tables: Iterable[Table]) -> Table:
     return sum(tables, Table())
 
 
-def import_weights(
-    table: Table, foreign: Mapping[str, np.ndarray], ours: Mapping[str, Shape]
-) -> dict[str, np.ndarray]:
+def import_weights(table: Table, foreign: Mapping[str, np.ndarray], ours: Mapping[str, Shape]) -> dict[str, np.ndarray]:
     """Foreign tensors -> {path: array} for all of `ours` ({path: shape}), in the dtype of the foreign ones.
 
     Every parameter (stacked ones: every index) must be filled exactly once, every foreign key used or on the

@@ -38,17 +38,13 @@ def _causal_lm(decoder: Decoder, block: Table) -> Table:
     block += dense("self_attn.o_proj", "attn/out", inputs=3, bias=False) + dense(
         "mlp.down_proj", "mlp/down", bias=False
     )
-    block += norm("input_layernorm", "norm1", bias=False) + norm(
-        "post_attention_layernorm", "norm2", bias=False
-    )
+    block += norm("input_layernorm", "norm1", bias=False) + norm("post_attention_layernorm", "norm2", bias=False)
     block += ignore(r"self_attn\.rotary_emb\.inv_freq")  # a constant that old checkpoints hold
     table = copy("model.embed_tokens.weight", "embedding/embedding") + norm("model.norm", "norm", bias=False)
     for i in range(decoder.layers):
         path, index = decoder.layer_path(i)
         table += block.under(f"model.layers.{i}.", f"{path}/", index)
-    return table + (
-        ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding")
-    )
+    return table + (ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding"))
 
 
 # Vision encoders. Blocks after the last tap, and the final norm if no tap needs it, are left out.
@@ -86,9 +82,7 @@ def dinov2(vit: ViT) -> Table:
         block += dense("mlp.weights_out", "mlp/down")
     else:
         block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down")
-    block += join(
-        norm(f"norm{i}", f"norm{i}") + copy(f"layer_scale{i}.lambda1", f"scale{i}/value") for i in (1, 2)
-    )
+    block += join(norm(f"norm{i}", f"norm{i}") + copy(f"layer_scale{i}.lambda1", f"scale{i}/value") for i in (1, 2))
     table = copy("embeddings.cls_token", "class_token/value", LEAD) + ignore(r"embeddings\.mask_token")
     table += copy("embeddings.position_embeddings", "positions/value", LEAD)
     if vit.registers:
@@ -173,9 +167,7 @@ def cambrian(model: MLLM) -> Table:
         last = model.llm.inserts.count - 1
         for j in range(last + 1):
             path, index = ("groups", (j,)) if j < last else ("tail", ())
-            table += layer.under(
-                f"model.vision_sampler_layers.{j}.layers.0.", f"llm/{path}/insert/layer/", index
-            )
+            table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", f"llm/{path}/insert/layer/", index)
     return table
 
 
@@ -206,12 +198,8 @@ def visper_head(predictor: Predictor) -> Table:
         table += join(dense(f"{key}.0.to_kv", f"{path}_{x}", bias=False) for x in "kv")
         table += dense(f"{key}.0.to_out", f"{path}_out", inputs=2, bias=False)
         table += norm(f"{key}.1.0", f"{path}_ff_norm")
-        table += dense(f"{key}.1.1", f"{path}_ff/up", bias=False) + dense(
-            f"{key}.1.3", f"{path}_ff/down", bias=False
-        )
-    return table.under("projector.", "") + join(
-        mlp(f"linear_{i}", f"map_{i}") for i in range(1, predictor.maps + 1)
-    )
+        table += dense(f"{key}.1.1", f"{path}_ff/up", bias=False) + dense(f"{key}.1.3", f"{path}_ff/down", bias=False)
+    return table.under("projector.", "") + join(mlp(f"linear_{i}", f"map_{i}") for i in range(1, predictor.maps + 1))
 
 
 def visper(model: MLLM) -> Table:

@@ -1,0 +1,63 @@
+"""Presets have as many parameters as the models they are named after (counted without making any)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmllm.encoders import presets as encoders
+from jaxmllm.llms import presets as llms
+from tests.golden_case import shapes
+
+
+def count(module, x, **options) -> int:
+    return sum(math.prod(shape) for shape in shapes(module, x, **options).values())
+
+
+def count_encoder(vit) -> int:
+    return count(vit, jax.ShapeDtypeStruct((1, vit.size, vit.size, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize(
+    "preset, parameters",
+    [
+        # torch parameters of Hugging Face's vision models at these sizes, and what a ViT here has no use for
+        (encoders.clip_l_336, 303_507_456),
+        (encoders.siglip_so400m_384, 428_225_600 - 15_238_352),  # the pooling head
+        (encoders.dinov2_l, 304_368_640 - 1024),  # the mask token
+        (encoders.dinov2_g, 1_136_480_768 - 1536),
+    ],
+)
+def test_encoder(preset, parameters):
+    assert count_encoder(preset(taps=(preset().layers,), final_norm=True)) == parameters
+
+
+def test_only_blocks_that_are_read_are_built():
+    """LLaVA-1.5 reads CLIP's tap 23 of 24: one block and the final norm less."""
+    block = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    assert count_encoder(encoders.clip_l_336()) == 303_507_456 - block - 2 * 1024 == 290_909_184
+
+
+@pytest.mark.parametrize(
+    "preset, parameters",
+    [
+        (llms.llama3_8b, 8_030_261_248),
+        (llms.vicuna_7b, 6_738_415_616),
+        (llms.vicuna_13b, 13_015_864_320),
+        (llms.phi3_mini, 3_821_079_552),
+        (llms.qwen2_5_0_5b, 494_032_768),
+        (llms.qwen2_5_7b, 7_615_616_512),
+        (llms.smollm2_135m, 134_515_008),
+    ],
+)
+def test_language_model(preset, parameters):
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def run(decoder, ids):
+        decoder.output_table()
+        return decoder(decoder.embed(ids), ids, ids)[0]
+
+    assert count(preset(), ids, method=run) == parameters
