@@ -76,31 +76,16 @@ def config() -> Run:
         Source(f"{SCENES}/align.jsonl", weight=0.15),
         Source(f"{SCENES}/instruct.jsonl", weight=0.85),
     )
+    losses = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
     return Run(
         name="toy",
         model=model(),
         data=Data(f"{SCENES}/tokenizer", TOY, seq_len=256, image_slots=3, targets=MapTargets(GRID), shards=4),
         stages=(
-            # The visual path learns from the maps and from captions.
-            Stage(
-                "align",
-                (captions,),
-                steps=400,
-                rows=12,
-                rules=(Rule(".*"),),
-                losses={"next_token": 1.0, "depth": 0.5, "seg": 0.5},
-                optim=optim,
-            ),
-            # Encoders and fusers are frozen, the rest learns to answer.
-            Stage(
-                "instruct",
-                (questions, captions),
-                steps=1200,
-                rows=12,
-                rules=(Rule("^(encoders|fusers|distill)_", lr=None), Rule(".*")),
-                losses={"next_token": 1.0},
-                optim=optim,
-            ),
+            # Captions and maps: the visual path learns what there is and where.
+            Stage("align", (captions,), 250, 8, (Rule(".*"),), losses, dataclasses.replace(optim, final=0.5)),
+            # Questions, and the maps still.
+            Stage("instruct", (questions, captions), 1400, 8, (Rule(".*"),), losses, optim),
         ),
         compute_dtype="float32",
     )

@@ -124,10 +124,11 @@ def make_loader(run, stage, workdir: str):
 
 
 def use_compile_cache(workdir: str) -> None:
-    """Keeps compiled programs in the workdir, so that a second start does not compile again."""
+    """Keeps compiled programs in the workdir (or JAX_COMPILATION_CACHE_DIR), so that a second start need not compile."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "xla_cache"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "xla_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -128,9 +128,10 @@ def build(case: Case) -> MLLM:
 
     def teacher(task):
         own = common[task]
+        tokens = c["task_tokens_per_task"] if task != "gen" else len(case.weights["model.special_gen_tokens"])
         maps = sum(bool(re.fullmatch(rf"image_{task}_heads\.0\.linear_\d+\.0\.weight", name)) for name in case.weights)
         return EmbedDistill(
-            own["queries"], own["output_width"], width, tuple(own["layers"]), c["task_tokens_per_task"],
+            own["queries"], own["output_width"], width, tuple(own["layers"]), tokens,
             pooled=task != "gen", predictor_width=own["working_width"], heads=common["num_heads"],
             head_dim=common["dim_head"], blocks=common["blocks"], ff_mult=common["ff_mult"], maps=maps,
             contrastive=c["contrastive_weight"],

@@ -80,7 +80,9 @@ def train(config: Run, stage: Stage, mesh, state, step, loader, checkpoints, rep
 
 
 def report(reporter: Reporter, step: int, metrics: dict[str, jax.Array], rate: Callable) -> None:
-    """Fetches and writes metrics; raises FloatingPointError if the loss is not finite."""
+    """Fetches and writes metrics, once a step; raises FloatingPointError if the loss is not finite."""
+    if step == reporter.last:
+        return
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is {values['loss']} at step {step} of stage {reporter.stage}")

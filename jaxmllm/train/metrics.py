@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ class Reporter:
     def __init__(self, workdir: str, stage: str, steps: int, active: bool = True):
         self.stage, self.steps, self.active = stage, steps, active
         self.terminal = sys.stderr.isatty()
+        self.last: int | None = None  # step that was written last
         self.window_start = time.perf_counter()
         self.window = dict.fromkeys(("steps", "tokens", "images", "wait"), 0.0)
         if active:
@@ -31,8 +33,9 @@ class Reporter:
             self.board = SummaryWriter(str(Path(workdir) / "tensorboard" / stage), flush_secs=10)
 
     def first_step(self) -> None:
-        """The first step is dispatched: everything is compiled."""
-        self.say(f"first step after {time.perf_counter() - STARTED:.1f} s")
+        """The first step is dispatched: everything is compiled, and the speed is measured from here on."""
+        self.window_start = time.perf_counter()
+        self.say(f"first step after {self.window_start - STARTED:.1f} s")
 
     def count(self, info: dict[str, Any], wait: float) -> None:
         """One dispatched step: what the loader says of this process's rows, seconds waited for them."""
@@ -56,11 +59,12 @@ class Reporter:
             "images_per_s": self.window["images"] / seconds,
             "data_wait": self.window["wait"] / seconds,
         }
+        self.last = step
         self.window_start, self.window = now, dict.fromkeys(self.window, 0.0)
         if not self.active:
             return
         row = {"stage": self.stage, "step": step, **metrics, **speed}
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key, value in {**metrics, **speed}.items():
             self.board.add_scalar(key, value, step)
@@ -68,7 +72,7 @@ class Reporter:
         bar = "#" * round(20 * step / self.steps)
         parts = [f"{k} {metrics[k]:.3f}" for k in metrics if k not in ("grad_norm", "learning_rate")]
         self.say(
-            f"{self.stage:<8} [{bar:<20}] {step:>5}/{self.steps}  {'  '.join(parts)}  {speed['step_ms']:.0f} ms/step  "
+            f"{self.stage} [{bar:<20}] {step}/{self.steps}  {' '.join(parts)}  {speed['step_ms']:.0f} ms/step  "
             f"{speed['tokens_per_s']:.0f} tok/s  {speed['images_per_s']:.0f} img/s  wait {speed['data_wait']:.0%}  "
             f"eta {int(left) // 60}:{int(left) % 60:02d}",
             replace=True,
@@ -78,7 +82,9 @@ class Reporter:
         """A line to the terminal; with `replace`, the next one overwrites it."""
         if self.active:
             end = "\r" if replace and self.terminal else "\n"
-            print("\x1b[2K" * self.terminal + line, end=end, file=sys.stderr, flush=True)
+            if self.terminal:
+                line = "\x1b[2K" + line[: shutil.get_terminal_size().columns - 1]
+            print(line, end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the progress line and the files."""
