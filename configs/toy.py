@@ -38,6 +38,7 @@ def model() -> MLLM:
             heads=4,
             kv_heads=2,
             mlp=192,
+            tied=True,
             inserts=Inserts(start=0, stride=2, count=1),
             insert=SVALayer(width=96, heads=4),
             **SMALL,
@@ -83,9 +84,9 @@ def config() -> Run:
         data=Data(f"{SCENES}/tokenizer", TOY, seq_len=256, image_slots=3, targets=MapTargets(GRID), shards=4),
         stages=(
             # Captions and maps: the visual path learns what there is and where.
-            Stage("align", (captions,), 250, 8, (Rule(".*"),), losses, dataclasses.replace(optim, final=0.5)),
+            Stage("align", (captions,), 200, 12, (Rule(".*"),), losses, dataclasses.replace(optim, final=0.5)),
             # Questions, and the maps still.
-            Stage("instruct", (questions, captions), 1400, 8, (Rule(".*"),), losses, optim),
+            Stage("instruct", (questions, captions), 900, 12, (Rule(".*"),), losses, optim),
         ),
         compute_dtype="float32",
     )

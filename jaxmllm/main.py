@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("out")
     for name, default in (("train", 20000), ("heldout", 1500), ("nouns", 16), ("size", 96), ("seed", 0)):
         sub.add_argument(f"--{name}", type=int, default=default)
+    sub = command("check", check, "read every record and picture; exit code 1 if any is unusable", data)
+    sub.add_argument("source", help="LLaVA JSON(L), ArrayRecord folder, or TFDS_FOLDER:SPLIT")
+    sub.add_argument("--image-root", help="folder of the pictures (default: that of the source)")
+    sub = command("stats", stats, "lengths and packing of a config's data sets", data)
+    sub.add_argument("config", metavar="FILE.py[:variant]")
     sub = command("convert", convert, "write ArrayRecord shards", data)
     sub.add_argument("source", help="LLaVA JSON(L) or another source")
     sub.add_argument("out")
@@ -82,6 +87,7 @@ def train(args: argparse.Namespace) -> None:
     workdir = args.workdir or f"runs/{run.name}"
     use_compile_cache(workdir)
     from jaxmllm import mesh
+    from jaxmllm.data.build import make_loader
     from jaxmllm.train import loop, stop
 
     if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -92,39 +98,8 @@ def train(args: argparse.Namespace) -> None:
         print(stopped, file=sys.stderr)
 
 
-def make_loader(run, stage, workdir: str):
-    """The batches of a stage, from where they are on disk."""
-    import jax
-
-    from jaxmllm.config import ConfigError
-    from jaxmllm.data.ledger import Ledger
-    from jaxmllm.data.loader import Loader
-    from jaxmllm.data.samples import SampleSpec
-    from jaxmllm.data.sources import open_source
-    from jaxmllm.data.tokenizer import load_tokenizer
-
-    data = run.data
-    tokenizer = load_tokenizer(data.tokenizer)
-    if tokenizer.size > run.model.llm.vocab:
-        raise ConfigError(
-            f"tokenizer {data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is {run.model.llm.vocab}"
-        )
-    spec = SampleSpec(tokenizer, data.template, run.model.layout, data.seq_len, data.image_slots, data.targets)
-    return Loader(
-        [(open_source(s.path, s.image_root), s.weight) for s in stage.sources],
-        spec,
-        Ledger(f"{workdir}/bad_samples.jsonl", data.max_bad),
-        rows=stage.rows,
-        num_shards=data.shards,
-        seed=run.seed,
-        packing=data.packing,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
 def use_compile_cache(workdir: str) -> None:
-    """Keeps compiled programs in the workdir (or JAX_COMPILATION_CACHE_DIR), so that a second start need not compile."""
+    """Keeps compiled programs in the workdir (or JAX_COMPILATION_CACHE_DIR), so a second start need not compile."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -193,9 +168,47 @@ def make_scenes(args: argparse.Namespace) -> None:
     """Writes composed scenes."""
     from jaxmllm.data.scene_files import make_scenes as make
 
-    show = lambda done, total: print(f"\r{done}/{total} scenes", end="\n" if done == total else "", flush=True)
     keys = ("train", "heldout", "nouns", "size", "seed")
-    print(f"scenes are in {make(args.out, progress=show, **{k: getattr(args, k) for k in keys})}")
+    print(f"scenes are in {make(args.out, progress=counter('scenes'), **{k: getattr(args, k) for k in keys})}")
+
+
+def counter(what: str):
+    """Progress of a long job as one line that counts, on a terminal only."""
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{done}/{total} {what}", end="\n" if done == total else "", flush=True)
+
+    return show if sys.stdout.isatty() else None
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints what is wrong with a data set."""
+    from jaxmllm.data.check import check as read_all
+    from jaxmllm.data.sources import open_source
+
+    report = read_all(open_source(args.source, args.image_root), counter("records"))
+    print(f"{report.records} records, {report.images} pictures, {report.bad} records unusable")
+    for source, count in sorted(report.sources.items(), key=lambda item: -item[1]):
+        print(f"{count:>9} {source or '(no source named)'}")
+    for kind, samples in report.problems.items():
+        print(f"{len(samples):>9} {kind}; the first: {samples[0]}")
+    if report.duplicates:
+        print(f"{len(report.duplicates):>9} ids occur more than once; the first: {next(iter(report.duplicates))}")
+    return 1 if report.bad else 0
+
+
+def stats(args: argparse.Namespace) -> None:
+    """Prints lengths and packing of every source of a config."""
+    from jaxmllm import config as configs
+    from jaxmllm.data.build import sample_spec
+    from jaxmllm.data.check import stats as measure
+    from jaxmllm.data.sources import open_source
+
+    run = configs.load(args.config)
+    for source in {source.path: source for stage in run.stages for source in stage.sources}.values():
+        found = measure(open_source(source.path, source.image_root), sample_spec(run), progress=counter("records"))
+        tokens = ", ".join(f"{name} {value:.0f}" for name, value in found.tokens.items())
+        print(f"{source.path}: {found.used} usable, {found.bad} not; tokens {tokens}; rows filled {found.packing:.1%}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -203,8 +216,7 @@ def convert(args: argparse.Namespace) -> None:
     from jaxmllm.data.sources import convert as write
     from jaxmllm.data.sources import open_source
 
-    show = lambda done, total: print(f"\r{done}/{total} records", end="\n" if done == total else "", flush=True)
-    bad = write(open_source(args.source, args.image_root), args.out, args.shards, show)
+    bad = write(open_source(args.source, args.image_root), args.out, args.shards, counter("records"))
     for sample in bad:
         print(f"left out: {sample}", file=sys.stderr)
     print(f"shards are in {args.out}; {len(bad)} records were left out")

@@ -77,9 +77,11 @@ def cambrian_masks(case: Case) -> Check:
 
     def forward(_, x):
         sizes = x["image_sizes"].tolist()
-        pads = np.array([[padding(*size, side) for side in (grid, fine)] for size in sizes])  # [image, side, (x, y)]
-        tokens = np.stack([token_mask(*size, grid, newline=True) for size in sizes])
-        keys = np.stack([key_mask(padding(*size, fine), fine) for size in sizes])
+        pads = np.array(
+            [[padding(*size, side, least=0) for side in (grid, fine)] for size in sizes]
+        )  # [image, side, (x, y)]
+        tokens = np.stack([token_mask(*size, grid, newline=True, least=0) for size in sizes])
+        keys = np.stack([key_mask(padding(*size, fine, least=0), fine) for size in sizes])
         return {
             "token_mask": tokens,
             "image_position_ids": tokens.reshape(len(sizes), -1).cumsum(1) - 1,

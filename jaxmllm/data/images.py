@@ -51,13 +51,13 @@ def prepare(image: Image.Image, encoder: EncoderInput) -> np.ndarray:
     return np.asarray(image.resize((encoder.size, encoder.size), Image.Resampling.BICUBIC))
 
 
-def padding(width: int, height: int, grid: int) -> tuple[int, int]:
+def padding(width: int, height: int, grid: int, least: int = 1) -> tuple[int, int]:
     """(columns, rows) of a grid x grid map that show only padding of a width x height picture, on each side.
 
-    The quotient comes first, in float64; the other order differs for a few sizes (88 x 55). At least one row
-    or column always stays, also above an aspect of grid : 1.
+    The quotient comes first, in float64; the other order differs for a few sizes (88 x 55). At least `least` rows or
+    columns stay; Cambrian-1's rule is 0, which leaves nothing of a picture above an aspect of grid : 1.
     """
-    used = max(int(min(width, height) * (grid / max(width, height))), 1)
+    used = max(int(min(width, height) * (grid / max(width, height))), least)
     pad = (grid - used) // 2
     return (0, pad) if width > height else (pad, 0)
 
@@ -70,10 +70,10 @@ def key_mask(pad: tuple[int, int], grid: int) -> np.ndarray:
     return mask
 
 
-def token_mask(width: int, height: int, grid: int, newline: bool) -> np.ndarray:
+def token_mask(width: int, height: int, grid: int, newline: bool, least: int = 1) -> np.ndarray:
     """bool[grid, grid + newline]: which tokens of a picture stand in the row.
 
     A padded row loses its newline too; a padded column leaves the newlines.
     """
-    mask = key_mask(padding(width, height, grid), grid)
+    mask = key_mask(padding(width, height, grid, least), grid)
     return np.concatenate([mask, mask.any(1, keepdims=True)], 1) if newline else mask

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from jaxmllm import mesh as meshes
 from jaxmllm.config import ConfigError, Run, from_json
+from jaxmllm.data.build import sample_spec
 from jaxmllm.data.loader import join
-from jaxmllm.data.samples import SampleSpec, make_sample
+from jaxmllm.data.samples import make_sample
 from jaxmllm.data.sources import Blob, Record, read_file
 from jaxmllm.data.templates import IMAGE
-from jaxmllm.data.tokenizer import load_tokenizer
 from jaxmllm.eval.generate import left_pad, make_generate
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
 from jaxmllm.train.setup import initial_params
@@ -33,17 +33,15 @@ class Model:
 
     def __init__(self, workdir: str, max_new_tokens: int = 32):
         self.config = read_config(workdir)
-        data = self.config.data
-        layout = self.config.model.layout
-        self.tokenizer = load_tokenizer(data.tokenizer)
-        self.spec = SampleSpec(self.tokenizer, data.template, layout, data.seq_len, data.image_slots)
+        self.spec = dataclasses.replace(sample_spec(self.config), targets=None)
+        self.tokenizer = self.spec.tokenizer
         self.mesh = self.config.mesh.build()
         with jax.set_mesh(self.mesh):
             dtype = jnp.dtype(self.config.compute_dtype)
             abstract = abstract_on(self.mesh, jax.eval_shape(lambda: initial_params(self.config)))
             params = newest(workdir, self.config).restore_params(abstract)
             self.params = unflatten({k: v.astype(dtype) for k, v in params.items()})
-        stop = self.tokenizer.id(data.template.end)
+        stop = self.tokenizer.id(self.spec.template.end)
         self.generate = make_generate(self.config.model, max_new_tokens, stop)
 
     def ask(self, images: Sequence[str], prompts: Sequence[str], batch: int = 64) -> list[str]:

@@ -1,0 +1,36 @@
+"""From a config to the loader of a stage."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.data.ledger import Ledger
+from jaxmllm.data.loader import Loader
+from jaxmllm.data.samples import SampleSpec
+from jaxmllm.data.sources import open_source
+from jaxmllm.data.tokenizer import load_tokenizer
+
+
+def sample_spec(run: Run) -> SampleSpec:
+    """How the run's records become samples. Raises ConfigError if the tokenizer does not fit the model."""
+    data, model = run.data, run.model
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.size > model.llm.vocab:
+        raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is only {model.llm.vocab}")
+    return SampleSpec(tokenizer, data.template, model.layout, data.seq_len, data.image_slots, data.targets)
+
+
+def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
+    """This process's share of the batches of a stage; unusable samples are noted in WORKDIR/bad_samples.jsonl."""
+    return Loader(
+        [(open_source(source.path, source.image_root), source.weight) for source in stage.sources],
+        sample_spec(run),
+        Ledger(f"{workdir}/bad_samples.jsonl", run.data.max_bad),
+        rows=stage.rows,
+        num_shards=run.data.shards,
+        seed=run.seed,
+        packing=run.data.packing,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
