@@ -38,7 +38,6 @@ def model() -> MLLM:
             heads=4,
             kv_heads=2,
             mlp=192,
-            tied=True,
             inserts=Inserts(start=0, stride=2, count=1),
             insert=SVALayer(width=96, heads=4),
             **SMALL,
@@ -49,7 +48,7 @@ def model() -> MLLM:
                 4,
                 WIDTH,
                 layers=(2,),
-                tokens=4,
+                tokens=2,
                 predictor_width=96,
                 heads=2,
                 aligned=True,
@@ -60,7 +59,7 @@ def model() -> MLLM:
                 16,
                 WIDTH,
                 layers=(2,),
-                tokens=4,
+                tokens=2,
                 predictor_width=96,
                 heads=2,
                 aligned=True,
@@ -74,8 +73,8 @@ def model() -> MLLM:
 def config() -> Run:
     optim = Optim(2e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98)
     captions, questions = (
-        Source(f"{SCENES}/align.jsonl", weight=0.15),
-        Source(f"{SCENES}/instruct.jsonl", weight=0.85),
+        Source(f"{SCENES}/align.jsonl", weight=0.1),
+        Source(f"{SCENES}/instruct.jsonl", weight=0.9),
     )
     losses = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
     return Run(
@@ -86,7 +85,7 @@ def config() -> Run:
             # Captions and maps: the visual path learns what there is and where.
             Stage("align", (captions,), 200, 12, (Rule(".*"),), losses, dataclasses.replace(optim, final=0.5)),
             # Questions, and the maps still.
-            Stage("instruct", (questions, captions), 900, 12, (Rule(".*"),), losses, optim),
+            Stage("instruct", (questions, captions), 1000, 12, (Rule(".*"),), losses, optim),
         ),
         compute_dtype="float32",
     )

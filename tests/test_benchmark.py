@@ -44,7 +44,9 @@ def test_blind_rule_is_learned_from_training_rows_only():
     train = [row(answer="(A)", question="the duck or the dog?"), row(answer="(B)", question="the dog or the duck?")]
     rule = benchmark.blind_rules(train)["Depth"]
     assert rule(row(choices=("cat", "cow"), question="the cow or the cat?")) == "cow"  # the one named first
-    names = [row("Name", ("bus", "dog"), "(B)", "What is it?")] * 3 + [row("Name", ("bus", "dog"), "(A)", "What is it?")]
+    names = [row("Name", ("bus", "dog"), "(B)", "What is it?")] * 3 + [
+        row("Name", ("bus", "dog"), "(A)", "What is it?")
+    ]
     assert benchmark.blind_rules(names)["Name"](row("Name")) in ("dog", "(B)")
 
 
