@@ -87,11 +87,12 @@ def train(args: argparse.Namespace) -> None:
     workdir = args.workdir or f"runs/{run.name}"
     use_compile_cache(workdir)
     from jaxmllm import mesh
-    from jaxmllm.data.build import make_loader
+    from jaxmllm.data.build import check_data, make_loader
     from jaxmllm.train import loop, stop
 
     if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
         mesh.start_processes()
+    check_data(run)
     try:
         loop.run(run, workdir, lambda stage: make_loader(run, stage, workdir))
     except stop.Stopped as stopped:

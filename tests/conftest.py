@@ -29,6 +29,7 @@ def settings(scenes: Path, config: str = "configs/toy.py:tiny", **values) -> lis
         "data.tokenizer": scenes / "tokenizer",
         "stages.align.sources.0.path": scenes / "align.jsonl",
         "stages.instruct.sources.0.path": scenes / "instruct.jsonl",
+        "stages.instruct.sources.1.path": scenes / "align.jsonl",
         **values,
     }
     return [config, "--set", *(f"{key}={value}" for key, value in values.items())]

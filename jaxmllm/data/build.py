@@ -21,6 +21,13 @@ def sample_spec(run: Run) -> SampleSpec:
     return SampleSpec(tokenizer, data.template, model.layout, data.seq_len, data.image_slots, data.targets)
 
 
+def check_data(run: Run) -> None:
+    """Raises before the first stage what would otherwise stop a later one: a missing tokenizer or data file."""
+    sample_spec(run)
+    for source in {source for stage in run.stages for source in stage.sources}:
+        open_source(source.path, source.image_root)
+
+
 def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
     """This process's share of the batches of a stage; unusable samples are noted in WORKDIR/bad_samples.jsonl."""
     return Loader(
