@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set: LLaVA JSON(L), a folder of ArrayRecord shards."""
+    """A data set: LLaVA JSON(L), a folder of ArrayRecord shards, or TFDS_FOLDER:SPLIT."""
 
     path: str
     image_root: str | None = None  # default: the folder of `path`

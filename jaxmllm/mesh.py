@@ -66,10 +66,6 @@ class Mesh:
         sizes = self.sizes(len(devices))
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
-    def abstract(self, num_devices: int) -> jax.sharding.AbstractMesh:
-        """The same mesh without devices, for tracing a program that cannot run here."""
-        return jax.sharding.AbstractMesh(self.sizes(num_devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-
 
 def start_processes(timeout: int = 1800) -> None:
     """Joins the processes of a pod slice, or those named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ class MLLM(nn.Module):
         with jax.named_scope("aggregator"):
             tokens = self.aggregator(maps, masks)
         block = tokens.tokens
+        chex.assert_shape(block, (b * slots, layout.patch_slots, None))
         if self.distill:
             tasks = jnp.concatenate([teacher.task_tokens() for teacher in self.distill.values()]).astype(block.dtype)
             tasks = jnp.broadcast_to(tasks, (block.shape[0], *tasks.shape))

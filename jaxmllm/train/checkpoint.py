@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmllm.train.state import Params, TrainState
 
@@ -105,5 +105,9 @@ def gather_json(data: dict[str, Any]) -> dict[str, Any]:
 
 def abstract_on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Shapes traced under a mesh (`jax.eval_shape`) -> shapes with shardings on its real devices."""
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+
+    def place(x):  # counters made inside the program carry no sharding: they are replicated
+        spec = x.sharding.spec if x.sharding else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
     return jax.tree.map(place, tree)
