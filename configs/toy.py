@@ -71,10 +71,10 @@ def model() -> MLLM:
 
 
 def config() -> Run:
-    optim = Optim(3e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98)
+    optim = Optim(2e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98)
     captions, questions = (
-        Source(f"{SCENES}/align.jsonl", weight=0.05),
-        Source(f"{SCENES}/instruct.jsonl", weight=0.95),
+        Source(f"{SCENES}/align.jsonl", weight=0.1),
+        Source(f"{SCENES}/instruct.jsonl", weight=0.9),
     )
     losses = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
     return Run(

@@ -29,8 +29,8 @@ def refused(*words, code=2):
         ("mesh.tensor=3", "does not fit 1 devices"),
     ],
 )
-def test_typo_in_set(tmp_path, assignment, says):
-    assert says in refused("train", "configs/toy.py:tiny", "--workdir", tmp_path, "--set", assignment)
+def test_typo_in_set(scenes, tmp_path, assignment, says):
+    assert says in refused("train", *settings(scenes), assignment, "--workdir", tmp_path)
 
 
 def test_unknown_variant_and_file(tmp_path):
