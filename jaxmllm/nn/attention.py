@@ -41,7 +41,6 @@ def dot_product_attention(
     of its own segment; key segment 0 is seen by nobody.
     """
     k, v = (shard_kv(x) for x in (k, v))
-    scores = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     seen = None
     if causal:
         seen = (jnp.arange(q.shape[1])[:, None] + q_offset >= jnp.arange(k.shape[1]))[None]
@@ -50,9 +49,49 @@ def dot_product_attention(
         same = (q_segments[:, :, None] == kv_segments) & (kv_segments > 0)
         seen = same if seen is None else seen & same
     if seen is not None:
-        scores = jnp.where(seen[:, None, None], scores, MASKED)
+        seen = seen[:, None, :, None]
+    q, k, v = q.transpose(0, 2, 1, 3, 4) * q.shape[-1] ** -0.5, k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return _attend(q, k, v, seen).transpose(0, 2, 1, 3, 4)
+
+
+_HEADS = ((0, 1), (0, 1))  # batch and key heads
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """q [B, K, S, G, D], already scaled; k, v [B, K, T, D]; seen bool[B or 1, 1, S, 1, T] -> [B, K, S, G, D].
+
+    The derivative is written out so that no product needs a transposed copy of the [S, T] weights: XLA's CPU backend
+    makes several of them from jax.grad's order of operands, and takes four times as long.
+    """
+    return _attend_forward(q, k, v, seen)[0]
+
+
+def _attend_forward(q, k, v, seen):
+    scores = jax.lax.dot_general(q, k.swapaxes(2, 3), (((4,), (2,)), _HEADS), preferred_element_type=jnp.float32)
+    if seen is not None:
+        scores = jnp.where(seen, scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,btkd->bskgd", weights, v)
+    y = jax.lax.dot_general(weights, v, (((4,), (2,)), _HEADS))
+    return y, (q, k, v, seen, weights, y)
+
+
+def _attend_backward(saved, dy):
+    q, k, v, seen, weights, y = saved
+    dw = jax.lax.dot_general(dy, v.swapaxes(2, 3), (((4,), (2,)), _HEADS), preferred_element_type=jnp.float32)
+    ds = weights * (dw - (dy * y).sum(-1, keepdims=True, dtype=jnp.float32))
+    if seen is not None:
+        ds = jnp.where(seen, ds, 0)  # of a query that sees nothing
+    ds = ds.astype(q.dtype)
+    over_queries = (((2, 3), (2, 3)), _HEADS)
+    out = mesh.spec("batch", "heads", None, None) if mesh.has_mesh() else None
+    dq = jax.lax.dot_general(ds, k, (((4,), (2,)), _HEADS))
+    dk = jax.lax.dot_general(q, ds, over_queries, out_sharding=out)
+    dv = jax.lax.dot_general(dy, weights, over_queries, out_sharding=out)
+    return dq, dk.swapaxes(2, 3), dv.swapaxes(2, 3), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def shard_kv(x: jax.Array) -> jax.Array:
