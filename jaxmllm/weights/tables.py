@@ -7,8 +7,9 @@ the authors' for MMFuser, Cambrian-1 and VisPer-LM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from jaxmllm.aggregators.mof import InterleavedMoF
 from jaxmllm.aggregators.sva import SVA
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.llms.decoder import Decoder
@@ -110,8 +111,13 @@ def _final_norm(vit: ViT, key: str) -> Table:
 
 
 def mlp(key: str, path: str, first: int = 0) -> Table:
-    """Linear, activation, Linear in a torch Sequential from its place `first` on (LLaVA's mlp2x_gelu)."""
+    """Linear, activation, Linear in a torch Sequential from its place `first` on."""
     return dense(f"{key}.{first}", f"{path}/up") + dense(f"{key}.{first + 2}", f"{path}/down")
+
+
+def projector(depth: int, first: int = 0) -> Table:
+    """LLaVA's mlp{depth}x_gelu: `depth` linear layers in a torch Sequential from its place `first` on."""
+    return join(dense(f"{first + 2 * i}", f"linear_{i}") for i in range(depth))
 
 
 def deformable_attention() -> Table:
@@ -151,7 +157,7 @@ def sva(aggregator: SVA, grids: Mapping[str, int]) -> Table:
     for k, name in enumerate(grids):
         key = f"mm_projector_aux_{k}"
         table += mlp(key, f"projector_{name}") + norm(f"{key}.3", f"projector_norm_{name}")
-    for g, side in enumerate(aggregator.groups or (aggregator.grid,)):
+    for g, side in enumerate(aggregator.sides):
         layer = sva_layer([grid // side for grid in grids.values()])
         for i in range(aggregator.depth):
             table += layer.under(f"vision_sampler_{g}.layers.{i}.", f"group_{g}_layer_{i}/")
@@ -172,15 +178,28 @@ def cambrian(model: MLLM) -> Table:
 
 
 def llava(model: MLLM) -> Table:
-    """LlavaLlamaForCausalLM with the MLP projector of LLaVA-1.5, without its encoder."""
-    return llama(model.llm).under("", "llm/") + mlp("model.mm_projector", "aggregator/projector")
+    """LlavaLlamaForCausalLM with the MLP projector of LLaVA-1.5, without its encoder. Dense Connector's is the same."""
+    table = projector(model.aggregator.depth).under("model.mm_projector.", "aggregator/projector/")
+    return table + llama(model.llm).under("", "llm/")
 
 
 def mmfuser_llava(model: MLLM) -> Table:
-    """The same with MMFuser in front of the projector's two layers, in one Sequential."""
+    """The same with MMFuser in front of the projector's layers, in one Sequential."""
     (encoder,) = model.fusers
-    table = mmfuser().under("model.mm_projector.0.", f"fusers_{encoder}/")
-    return table + mlp("model.mm_projector", "aggregator/projector", 1) + llama(model.llm).under("", "llm/")
+    table = mmfuser().under("model.mm_projector.0.", f"fusers_{encoder}/") + llama(model.llm).under("", "llm/")
+    return table + projector(model.aggregator.depth, 1).under("model.mm_projector.", "aggregator/projector/")
+
+
+def interleaved_mof(aggregator: InterleavedMoF, encoders: Iterable[str]) -> Table:
+    """The two projectors of MMVP's LLaVA; encoders: the names of CLIP and DINOv2."""
+    keys = zip(("mm_projector", "dino_mm_projector"), encoders, strict=True)
+    return join(projector(aggregator.depth).under(f"{key}.", f"projector_{name}/") for key, name in keys)
+
+
+def mof_llava(model: MLLM) -> Table:
+    """LlavaLlamaForCausalLM of MMVP (interleaved features), without its encoders."""
+    table = interleaved_mof(model.aggregator, model.encoders).under("model.", "aggregator/")
+    return table + llama(model.llm).under("", "llm/")
 
 
 # Objectives
