@@ -36,6 +36,8 @@ class MLLM(nn.Module):
     vocab_chunk: int = 512  # positions of a row turned into logits at a time
 
     def __post_init__(self):
+        # Linen would share the weights of one object given for several encoders; each gets a fuser of its own.
+        self.fusers = {name: fuser.clone() for name, fuser in self.fusers.items()}
         super().__post_init__()
         if list(self.encoders) != list(self.fusers):
             raise ValueError(f"encoders {list(self.encoders)} and fusers {list(self.fusers)} must have the same names")

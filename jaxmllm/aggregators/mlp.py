@@ -21,6 +21,7 @@ class Projector(nn.Module):
 
     width: int
     depth: int = 2
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -28,7 +29,7 @@ class Projector(nn.Module):
             # Every second layer turns the tensor-split hidden channels back into whole ones.
             hidden_in, hidden_out = i % 2 == 1, i % 2 == 0 and i < self.depth - 1
             axes = ("mlp",) if hidden_in else ("embed",), ("mlp",) if hidden_out else (None,)
-            x = Linear((self.width,), *axes, name=f"linear_{i}")(x if i == 0 else ACTIVATIONS["gelu"](x))
+            x = Linear((self.width,), *axes, name=f"linear_{i}")(x if i == 0 else ACTIVATIONS[self.activation](x))
         return x
 
 

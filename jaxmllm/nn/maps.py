@@ -1,15 +1,13 @@
-"""Feature maps [N, h, w, C]: resizing, pooling, small convolutions, and what maps must have in common."""
+"""Feature maps [N, h, w, C]: resizing, pooling, and what maps must have in common to be joined."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxmllm.batch import MapShape
-from jaxmllm.nn.primitives import Linear
 
 
 def resize(x: jax.Array, h: int, w: int, method: str = "bilinear") -> jax.Array:
@@ -37,25 +35,6 @@ def _bins(size: int, bins: int) -> jax.Array:
     i, at = jnp.arange(bins)[:, None], jnp.arange(size)
     inside = (at >= i * size // bins) & (at < -(-(i + 1) * size // bins))
     return inside / inside.sum(1, keepdims=True)
-
-
-class Conv3x3(nn.Module):
-    """3x3 convolution of stride 1 with zero padding, as one matmul on the nine shifted maps; kernel [3, 3, C, out]."""
-
-    features: int
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return Linear((self.features,), (None, None, "embed"), use_bias=self.use_bias, name="conv")(windows3x3(x))
-
-
-def windows3x3(x: jax.Array) -> jax.Array:
-    """[N, h, w, C] -> [N, h, w, 3, 3, C]: each cell's neighbourhood, zeros outside the map."""
-    h, w = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = jnp.stack([x[:, i : i + h] for i in range(3)], 3)
-    return jnp.stack([rows[:, :, j : j + w] for j in range(3)], 4)
 
 
 def sizes(shapes: Iterable[MapShape], channels: bool = True) -> str:
