@@ -20,7 +20,7 @@ class RegBlock(nn.Module):
     """silu(shortcut(x) + LN(1x1(gate * silu(LN(depthwise 3x3(silu(LN(1x1 x))))))), x [N, h, w, C] -> [N, h, w, width].
 
     gate: squeeze and excitation over the means of all cells, a quarter of the input's channels wide. The shortcut is a
-    1x1 convolution and LN where the width changes. LayerNorm eps 1e-6; convolutions have no bias, the gate has.
+    1x1 convolution and LN where the width changes. LayerNorm eps 1e-5; convolutions have no bias, the gate has.
     """
 
     width: int
@@ -33,7 +33,7 @@ class RegBlock(nn.Module):
             return Linear((self.width,), use_bias=False, name=name)(y)
 
         def norm(y, name):
-            return Norm(eps=1e-6, name=name)(y)
+            return Norm(name=name)(y)
 
         y = silu(norm(conv1x1(x, "conv1"), "norm1"))
         y = silu(norm(Conv(self.width, depthwise=True, use_bias=False, name="conv2")(y), "norm2"))

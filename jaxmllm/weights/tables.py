@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from jaxmllm.aggregators.mof import InterleavedMoF
+from jaxmllm.aggregators.qformer import QFormer
 from jaxmllm.aggregators.sva import SVA
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.llms.decoder import Decoder
@@ -133,6 +134,37 @@ def mmfuser() -> Table:
     table = copy("gamma1", "scale_outer/value") + copy("gamma2", "scale_inner/value")
     table += join(norm(name, name) for name in ("query_norm", "feat_norm", "norm1"))
     return table + join(deformable_attention().under(f"{x}.", f"{x}/") for x in ("cross_attn", "self_attn"))
+
+
+def qformer(aggregator: QFormer) -> Table:
+    """Blip2ForConditionalGeneration between its vision model and its language model."""
+    table = copy("query_tokens", "queries/value", LEAD) + norm("qformer.layernorm", "norm")
+    for i in range(aggregator.depth):
+        key, path = f"qformer.encoder.layer.{i}", f"layer_{i}"
+        kinds = {"attention": "self", "crossattention": "cross"} if i % aggregator.every == 0 else {"attention": "self"}
+        for theirs, ours in kinds.items():
+            part = f"{key}.{theirs}"
+            for x in ("query", "key", "value"):
+                table += dense(f"{part}.attention.{x}", f"{path}_{ours}/{x[0]}")
+            table += dense(f"{part}.output.dense", f"{path}_{ours}/out", inputs=3)
+            table += norm(f"{part}.output.LayerNorm", f"{path}_{ours}_norm")
+        table += dense(f"{key}.intermediate_query.dense", f"{path}_mlp/up")
+        table += dense(f"{key}.output_query.dense", f"{path}_mlp/down")
+        table += norm(f"{key}.output_query.LayerNorm", f"{path}_mlp_norm")
+    return table + dense("language_projection", "projector")
+
+
+def resampler(depth: int) -> Table:
+    """IdeficsPerceiverResampler; its width is the encoder's, and no linear layer follows it."""
+    table = copy("latents", "latents/value") + norm("layer_norm", "norm")
+    for i in range(depth):
+        key = f"blocks.{i}"
+        table += join(dense(f"{key}.0.{k}_proj", f"attn_{i}/{k}", bias=False) for k in "qkv")
+        table += dense(f"{key}.0.output_proj", f"attn_{i}/out", inputs=3, bias=False)
+        table += norm(f"{key}.0.context_layer_norm", f"norm_x_{i}") + norm(f"{key}.0.latents_layer_norm", f"norm_z_{i}")
+        table += norm(f"{key}.1.ln", f"norm_mlp_{i}") + dense(f"{key}.1.fc", f"mlp_{i}/up", bias=False)
+        table += dense(f"{key}.1.c_proj", f"mlp_{i}/down", bias=False)
+    return table
 
 
 def sva_layer(windows: list[int]) -> Table:
