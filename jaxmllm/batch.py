@@ -1,7 +1,7 @@
 """The structs that pass between stages. Letters used in shapes everywhere:
 
 B rows   S tokens of a row   I image slots of a row   N = B*I images   V vocabulary
-L side of the query grid     P = L*(L+1) grid slots with a newline column
+L side of the grid of tokens     P tokens of an image: L*(L+1) with a newline column, L*L without (TokenLayout)
 T = P + task tokens, the visual block of one image     H width of the language model
 K taps (or encoders)         h, w grid of an encoder   C its channels
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,8 +24,9 @@ def _struct(cls):
 class Batch:
     """What a step consumes; also what the loader makes (there as numpy).
 
-    Rows hold several packed samples. A visual token is any of the T tokens of an image: L rows of L patches and a
-    newline, then the task tokens. Tokens that show only padding of a non-square image have no place in the row.
+    Rows hold several packed samples. A visual token is any of the T tokens of an image: those of the aggregator in
+    the order of TokenLayout, then the task tokens. If the layout says `unpad`, tokens that show only padding of a
+    non-square image have no place in the row.
     """
 
     tokens: jax.Array  # int32[B, S]; anything where visual_index >= 0
@@ -39,11 +41,28 @@ class Batch:
     target_mask: dict[str, jax.Array]  # teacher name -> bool[B, I]; whether the image has this target
 
 
+class MapShape(NamedTuple):
+    """Size of the feature map of one image."""
+
+    h: int
+    w: int
+    c: int
+    extra: int = 0  # tokens beside the grid
+
+
+@_struct
+class FeatureMap:
+    """What a fuser makes of the taps of one encoder."""
+
+    cells: jax.Array  # [N, h, w, C]
+    extra: jax.Array | None = None  # [N, E, C]; tokens that stand for no cell (Dense Connector's STI has some)
+
+
 @_struct
 class VisualTokens:
     """What an aggregator gives to the language model."""
 
-    tokens: jax.Array  # [N, P, H], newline column included
+    tokens: jax.Array  # [N, P, H], in the order of TokenLayout
     memory: Memory | None  # what aggregator layers inside the language model attend to
 
 
@@ -90,28 +109,41 @@ class EncoderInput:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisualLayout:
-    """All that the data pipeline must know of the visual path."""
+class TokenLayout:
+    """In which order an aggregator gives the tokens of an image: line by line of its grid, each line ended by its
+    newline, then the tokens that belong to no cell."""
 
-    encoders: dict[str, EncoderInput]
-    grid: int  # L
-    newline: bool
-    task_tokens: int
+    width: int  # H
+    grid: int = 0  # L; 0 = all tokens belong to no cell (a resampler)
+    newline: bool = False  # a token at the end of every line
+    unpad: bool = False  # tokens of cells that show only padding have no place in the row
+    per_cell: int = 1  # tokens of a cell, side by side
+    extra: int = 0  # tokens that belong to no cell
+    memory: bool = False  # layers inside the language model can look at the maps (VisualTokens.memory)
 
     @property
     def columns(self) -> int:
         """Tokens of one line of the grid, its newline included."""
-        return self.grid + self.newline
+        return self.grid * self.per_cell + self.newline
 
     @property
-    def patch_slots(self) -> int:
+    def count(self) -> int:
         """P: tokens an aggregator makes of one image."""
-        return self.grid * self.columns
+        return self.grid * self.columns + self.extra
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualLayout:
+    """All that the data pipeline must know of the visual path."""
+
+    encoders: dict[str, EncoderInput]
+    tokens: TokenLayout
+    task_tokens: int
 
     @property
     def block(self) -> int:
         """T: tokens of one image, task tokens included."""
-        return self.patch_slots + self.task_tokens
+        return self.tokens.count + self.task_tokens
 
 
 def empty_batch(

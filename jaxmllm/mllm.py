@@ -1,6 +1,6 @@
 """The whole model on one page: encoders -> fusers -> aggregator -> language model -> objectives.
 
-    images uint8[B, I, px, px, 3] -> taps [K, N, h, w, C] -> map [N, h, w, C] -> visual tokens [N, P, H]
+    images uint8[B, I, px, px, 3] -> taps [K, N, h, w, C] -> FeatureMap [N, h, w, C] -> visual tokens [N, P, H]
     -> hidden states [B, S, H] (+ those of the layers an objective reads) -> losses
 
 Every part is a value in the config; only this file joins them.
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh
-from jaxmllm.batch import Batch, Term, Visual, VisualLayout
+from jaxmllm.batch import Batch, MapShape, Term, Visual, VisualLayout
 from jaxmllm.llms.decoder import place_visual
 from jaxmllm.objectives.next_token import IGNORE, next_token
 
@@ -24,8 +24,8 @@ from jaxmllm.objectives.next_token import IGNORE, next_token
 class MLLM(nn.Module):
     """A multimodal language model.
 
-    encoders, fusers: by encoder name, the same names in the same order. The aggregator gives L rows of L (+ newline)
-    tokens an image. distill: teacher name -> EmbedDistill; their task tokens follow every image in this order.
+    encoders, fusers: by encoder name, the same names in the same order. distill: teacher name -> EmbedDistill; their
+    task tokens follow those of the aggregator in this order. Raises ValueError, in one line, if the parts do not fit.
     """
 
     encoders: dict[str, nn.Module]
@@ -36,16 +36,41 @@ class MLLM(nn.Module):
     vocab_chunk: int = 512  # positions of a row turned into logits at a time
 
     def __post_init__(self):
+        # Linen would share the weights of one object given for several encoders; each gets a fuser of its own.
+        self.fusers = {name: fuser.clone() for name, fuser in self.fusers.items()}
         super().__post_init__()
         if list(self.encoders) != list(self.fusers):
             raise ValueError(f"encoders {list(self.encoders)} and fusers {list(self.fusers)} must have the same names")
+        tokens, who = self.layout.tokens, type(self.aggregator).__name__
+        if tokens.width != self.llm.width:
+            raise ValueError(f"{who} gives tokens of width {tokens.width}, the language model has {self.llm.width}")
+        if self.llm.inserts and not tokens.memory:
+            raise ValueError(
+                f"{who} has no windows on a grid of {tokens.grid} for layers inside the language model; "
+                "use SVA with encoder grids that are multiples of it, or no inserts"
+            )
+        for name, teacher in self.distill.items():
+            if teacher.aligned and teacher.queries != tokens.grid**2:
+                cells = f"{teacher.queries} queries stand at cells, and {who} has {tokens.grid**2}"
+                raise ValueError(f"teacher {name!r} is aligned: its {cells}; change one, or aligned=False")
 
     @property
     def layout(self) -> VisualLayout:
-        """What the data pipeline must know of the visual path."""
+        """What the data pipeline must know of the visual path. Raises ValueError if its parts do not fit together."""
         inputs = {name: encoder.input for name, encoder in self.encoders.items()}
+        maps = {name: self.map_shape(name, inputs[name].grid) for name in self.encoders}
         tasks = sum(teacher.tokens for teacher in self.distill.values())
-        return VisualLayout(inputs, self.aggregator.grid, self.aggregator.newline, tasks)
+        return VisualLayout(inputs, self.aggregator.layout(maps), tasks)
+
+    def map_shape(self, name: str, grid: int) -> MapShape:
+        """Size of the fused map of an encoder, whose padding is counted in cells of a grid x grid map."""
+        try:
+            shape = self.fusers[name].output(self.encoders[name].maps)
+        except ValueError as error:
+            raise ValueError(f"encoder {name!r}: {error}") from None
+        if shape[:2] != (grid, grid):
+            raise ValueError(f"encoder {name!r}: its fused map is {shape.h} x {shape.w}, its grid {grid} x {grid}")
+        return shape
 
     @property
     def target_shapes(self) -> dict[str, tuple[int, int]]:
@@ -67,13 +92,14 @@ class MLLM(nn.Module):
         with jax.named_scope("aggregator"):
             tokens = self.aggregator(maps, masks)
         block = tokens.tokens
-        chex.assert_shape(block, (b * slots, layout.patch_slots, None))
+        chex.assert_shape(block, (b * slots, layout.tokens.count, layout.tokens.width))
         if self.distill:
             tasks = jnp.concatenate([teacher.task_tokens() for teacher in self.distill.values()]).astype(block.dtype)
             tasks = jnp.broadcast_to(tasks, (block.shape[0], *tasks.shape))
             block = jnp.concatenate([block, mesh.shard(tasks, "batch", None, None)], 1)
         block = mesh.reshape(block, b, slots * layout.block, block.shape[-1])
-        return block, Visual(tokens.memory, batch.visual_positions, batch.visual_index, layout.grid, layout.columns)
+        grid, columns = layout.tokens.grid, layout.tokens.columns
+        return block, Visual(tokens.memory, batch.visual_positions, batch.visual_index, grid, columns)
 
     def hidden(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
         """-> (states after the final norm [B, S, H], {layer: states}, cache)."""
@@ -109,17 +135,18 @@ class MLLM(nn.Module):
 
     def task_places(self, batch: Batch, name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """For every image: which tokens of its row teacher `name` may read, bool[B, I, S]; where its task tokens
-        stand, int32[B, I, tokens]; where its patches stand, int32[B, I, L*L]. It reads its own sample except other
-        teachers' task tokens."""
+        stand, int32[B, I, tokens]; where its cells (of several tokens: the first) stand, int32[B, I, L*L]. It reads its
+        own sample except other teachers' task tokens."""
         layout, names = self.layout, list(self.distill)
-        start = layout.patch_slots + sum(self.distill[n].tokens for n in names[: names.index(name)])
+        count, grid, columns, per_cell = (getattr(layout.tokens, x) for x in ("count", "grid", "columns", "per_cell"))
+        start = count + sum(self.distill[n].tokens for n in names[: names.index(name)])
         stop = start + self.distill[name].tokens
         token = jnp.where(batch.visual_index >= 0, batch.visual_index % layout.block, -1)
-        others = (token >= layout.patch_slots) & ((token < start) | (token >= stop))
+        others = (token >= count) & ((token < start) | (token >= stop))
         at = jnp.maximum(batch.visual_positions, 0)
         b, slots, _ = at.shape
-        patches = mesh.reshape(at[:, :, : layout.patch_slots], b, slots, layout.grid, layout.columns)
-        patches = mesh.reshape(patches[..., : layout.grid], b, slots, layout.grid**2)
+        patches = mesh.reshape(at[:, :, : grid * columns], b, slots, grid, columns)
+        patches = mesh.reshape(patches[..., : grid * per_cell : per_cell], b, slots, grid**2)
         segments = mesh.shard(batch.segment_ids, "batch", None)
         own = mesh.take_rows(segments[..., None], at[:, :, start])  # [B, I, 1]: the image's sample
         visible = (segments[:, None] == own) & (segments > 0)[:, None]

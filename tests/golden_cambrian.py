@@ -32,7 +32,7 @@ def build(c: dict) -> MLLM:
     inserts = Inserts(after[0], steps.pop(), len(after)) if after else None
     width, heads, grid = c["sva_width"], c["num_heads_sva"], c["query_grid_side"]
     return MLLM(
-        {name: Features(side) for name, side in zip(names, c["encoder_grid_sides"])},
+        {name: Features(*size) for name, *size in zip(names, c["encoder_grid_sides"], c["encoder_widths"])},
         {name: Single() for name in names},
         SVA(width, c["llm"]["hidden_size"], grid, c["connector_depth"], heads, tuple(c["query_group_sides"])),
         decoder(c["llm"], inserts=inserts, insert=SVALayer(width, heads)),
@@ -53,16 +53,16 @@ def cambrian_full(case: Case) -> Check:
     """
     c, x, model = case.config, case.inputs, build(case.config)
     sizes, ids, after = x["image_sizes"].tolist(), x["input_ids"], c["in_llm_after_layers"]
-    layout, layer = model.layout, model.llm.insert
+    layout, tokens, layer = model.layout, model.layout.tokens, model.llm.insert
     places = [image_places(0, size, layout) for size in sizes]
-    shown = np.zeros((len(ids), layout.patch_slots), bool)
+    shown = np.zeros((len(ids), tokens.count), bool)
     for row, place in zip(shown, places):
         row[place] = True
-    patches = shown.reshape(-1, layout.grid, layout.grid + 1)[:, :, :-1]
+    patches = shown.reshape(-1, tokens.grid, tokens.columns)[:, :, :-1]
 
     if c["path"] == "train":
-        counted = np.ones((len(ids), ids.shape[1] - 1 + layout.patch_slots), bool)
-        counted[:, c["image_position"] : c["image_position"] + layout.patch_slots] = shown
+        counted = np.ones((len(ids), ids.shape[1] - 1 + tokens.count), bool)
+        counted[:, c["image_position"] : c["image_position"] + tokens.count] = shown
     else:
         counted = np.ones(case.outputs["logits"].shape[:2], bool)
     slot = counted.cumsum(1) - 1

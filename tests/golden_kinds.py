@@ -31,11 +31,10 @@ def deformable_attention(case: Case) -> Check:
 
 def mmfuser(case: Case) -> Check:
     c = case.config
-    module = MMFuser(c["num_heads"], c["num_points"], c["layer_norm_eps"])
+    module = MMFuser(c["num_heads"], c["num_points"], c["layer_norm_eps"], levels=c["num_key_value_levels"])
 
     def taps(x):
-        maps = [m.reshape(m.shape[0], side, side, -1) for m, side in zip(numbered(x, "features"), c["grid_sides"])]
-        return maps[: c["num_key_value_levels"]] + maps[-1:]
+        return [m.reshape(m.shape[0], side, side, -1) for m, side in zip(numbered(x, "features"), c["grid_sides"])]
 
     def forward(params, x):
         y, a, a2 = module.apply({"params": unflatten(params)}, taps(x), method=module.attend)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxmllm.batch import Batch, EncoderInput, VisualLayout, empty_batch
+from jaxmllm.batch import Batch, EncoderInput, MapShape, VisualLayout, empty_batch
 from jaxmllm.llms.decoder import Decoder, place_visual
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.next_token import IGNORE, next_token
@@ -18,10 +18,15 @@ class Features(nn.Module):
     """An encoder whose map is given: [N, h, w, C] in place of the pictures -> taps [1, N, h, w, C]."""
 
     grid: int
+    width: int
 
     @property
     def input(self) -> EncoderInput:
         return EncoderInput(self.grid, self.grid, (0, 0, 0))
+
+    @property
+    def maps(self) -> tuple[MapShape, ...]:
+        return (MapShape(self.grid, self.grid, self.width),)
 
     def __call__(self, maps: jax.Array) -> jax.Array:
         return maps[None]
@@ -64,9 +69,10 @@ def text_rows(case: Case, layout: VisualLayout, places: list[list[int]], length:
     batch.positions[:] = np.arange(length)
     source = np.full((len(ids), length), -1)
     for b, visible in enumerate(places):
-        at = int(np.flatnonzero(ids[b] == case.config["image_token_id"])[0])
+        found = np.flatnonzero(ids[b] == case.config["image_token_id"])
+        at = int(found[0]) if len(found) else ids.shape[1]  # a row of text alone
         end = at + len(visible)
-        rest = min(ids.shape[1] - at - 1, length - end)
+        rest = max(min(ids.shape[1] - at - 1, length - end), 0)
         source[b, :at], source[b, end : end + rest] = np.arange(at), np.arange(at + 1, at + 1 + rest)
         batch.visual_index[b, at:end] = visible
         batch.visual_positions[b, 0, visible] = np.arange(at, end)

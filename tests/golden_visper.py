@@ -138,7 +138,7 @@ def build(case: Case) -> MLLM:
         )  # fmt: skip
 
     return MLLM(
-        {"encoder": Features(grid)},
+        {"encoder": Features(grid, case.inputs["features"].shape[-1])},
         {"encoder": Single()},
         MLPProjector(width, grid),
         decoder(c["llm"]),
@@ -158,7 +158,7 @@ def visper_full(case: Case) -> Check:
     taps = tuple(sorted({layer for teacher in model.distill.values() for layer in teacher.layers}))
 
     def with_map(x) -> Batch:
-        maps = x["features"].reshape(len(keys), 1, layout.grid, layout.grid, -1)
+        maps = x["features"].reshape(len(keys), 1, *[layout.tokens.grid] * 2, -1)
         return dataclasses.replace(batch, images={"encoder": maps})
 
     def run(model, batch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmllm.batch import EncoderInput, VisualLayout
+from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
 from jaxmllm.data import sources
 from jaxmllm.data.check import check, stats
 from jaxmllm.data.images import key_mask, padding, prepare, token_mask
@@ -23,7 +23,7 @@ from jaxmllm.data.tokenizer import load_tokenizer, train_word_tokenizer
 
 LAYOUT = VisualLayout(
     {"a": EncoderInput(24, 4, (122, 116, 104)), "b": EncoderInput(32, 8, (0, 0, 0))},
-    grid=4, newline=True, task_tokens=3,
+    TokenLayout(8, grid=4, newline=True, unpad=True), task_tokens=3,
 )  # fmt: skip
 WORDS = "how many frogs are there ? one two three four it's a pond .\nUSER : ASSISTANT"
 

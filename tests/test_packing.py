@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmllm.batch import EncoderInput, VisualLayout, empty_batch
+from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout, empty_batch
 from jaxmllm.data.ledger import Ledger, TooManyBadSamples
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.samples import BadSample, SampleSpec, make_sample
@@ -17,7 +17,7 @@ from jaxmllm.data.tokenizer import train_word_tokenizer
 
 RECORDS = 41
 ENCODERS = {"a": EncoderInput(8, 2, (1, 2, 3)), "b": EncoderInput(12, 4, (0, 0, 0))}
-LAYOUT = VisualLayout(ENCODERS, grid=2, newline=True, task_tokens=1)
+LAYOUT = VisualLayout(ENCODERS, TokenLayout(8, grid=2, newline=True, unpad=True), task_tokens=1)
 
 
 def conversation(k: int, pictures: int) -> list[dict[str, str]]:

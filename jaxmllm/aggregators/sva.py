@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh
-from jaxmllm.aggregators.mlp import add_newlines
-from jaxmllm.batch import Memory, VisualTokens
+from jaxmllm.aggregators.mlp import lay_out
+from jaxmllm.batch import FeatureMap, MapShape, Memory, TokenLayout, VisualTokens
 from jaxmllm.nn.attention import MASKED
+from jaxmllm.nn.maps import need_plain, resize
 from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
 
 _HEADS = ("heads", None)
@@ -106,33 +107,43 @@ class SVA(nn.Module):
     heads: int = 16
     groups: tuple[int, ...] | None = None  # grid side of each query group; default: one group of side L
     newline: bool = True
+    gate: bool = False  # of the connector's layers; those inside the language model have their own
+
+    @nn.nowrap
+    def layout(self, maps: dict[str, MapShape]) -> TokenLayout:
+        """Order of the tokens. Raises ValueError if these maps cannot be aggregated."""
+        need_plain("SVA", maps.values())
+        if self.width % self.heads:
+            raise ValueError(f"SVA: width {self.width} must be a multiple of its {self.heads} heads")
+        for name, x in maps.items():
+            for side in self.sides:
+                if x.h != x.w or x.h % side:
+                    raise ValueError(
+                        f"SVA: grid {x.h} x {x.w} of encoder {name!r} must be square and a multiple of {side}"
+                    )
+        windows = all(x.h % self.grid == 0 for x in maps.values())
+        return TokenLayout(self.llm_width, self.grid, self.newline, unpad=True, memory=windows)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of the grid of every query group."""
+        return self.groups or (self.grid,)
 
     @nn.compact
-    def __call__(self, maps: dict[str, jax.Array], masks: dict[str, jax.Array]) -> VisualTokens:
-        groups = self.groups or (self.grid,)
-        for name, x in maps.items():
-            for side in groups:
-                if x.shape[1] % side:
-                    raise ValueError(f"SVA: grid {x.shape[1]} of encoder {name!r} must be a multiple of {side}")
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
         features = []
         for name, x in maps.items():
-            x = MLP(self.width, self.width, name=f"projector_{name}")(x)
+            x = MLP(self.width, self.width, name=f"projector_{name}")(x.cells)
             features.append(Norm(name=f"projector_norm_{name}")(x))
         context = features[0].mean((1, 2))
         memory = Memory(tuple(features), tuple(masks[name] for name in maps), context)
-        queries = Table((len(groups), self.width), normal(self.width**-0.5), name="query")()
+        queries = Table((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
         outputs = []
-        for g, side in enumerate(groups):
+        for g, side in enumerate(self.sides):
             x = jnp.broadcast_to(queries[g].astype(context.dtype), (context.shape[0], side, side, self.width))
             x = mesh.shard(x, "batch", None, None, None)
             for layer in range(self.depth):
-                x = SVALayer(self.width, self.heads, name=f"group_{g}_layer_{layer}")(x, memory)
-            if side != self.grid:
-                shape = (x.shape[0], self.grid, self.grid, x.shape[-1])
-                x = jax.image.resize(x.astype(jnp.float32), shape, "bilinear", antialias=False).astype(x.dtype)
-            outputs.append(x)
+                x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, memory)
+            outputs.append(resize(x, self.grid, self.grid))
         x = MLP(self.llm_width, self.llm_width, name="projector")(jnp.concatenate(outputs, -1))
-        newline = None
-        if self.newline:
-            newline = Table((self.llm_width,), normal(self.llm_width**-0.5), name="newline")()
-        return VisualTokens(add_newlines(x, newline), memory)
+        return VisualTokens(lay_out(x, self.newline), memory)

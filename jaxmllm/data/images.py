@@ -70,10 +70,10 @@ def key_mask(pad: tuple[int, int], grid: int) -> np.ndarray:
     return mask
 
 
-def token_mask(width: int, height: int, grid: int, newline: bool, least: int = 1) -> np.ndarray:
-    """bool[grid, grid + newline]: which tokens of a picture stand in the row.
+def token_mask(width: int, height: int, grid: int, newline: bool, least: int = 1, per_cell: int = 1) -> np.ndarray:
+    """bool[grid, grid * per_cell + newline]: which tokens of a picture stand in the row.
 
     A padded row loses its newline too; a padded column leaves the newlines.
     """
-    mask = key_mask(padding(width, height, grid, least), grid)
+    mask = key_mask(padding(width, height, grid, least), grid).repeat(per_cell, 1)
     return np.concatenate([mask, mask.any(1, keepdims=True)], 1) if newline else mask

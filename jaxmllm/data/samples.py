@@ -127,10 +127,12 @@ def make_tokens(
 
 
 def image_places(image: int, size: tuple[int, int], layout: VisualLayout) -> list[int]:
-    """j * T + t of the tokens of picture j = `image` that stand in the row: its grid, then task tokens."""
-    grid = np.flatnonzero(token_mask(*size, layout.grid, layout.newline))
-    start = image * layout.block
-    return [*(grid + start).tolist(), *range(start + layout.patch_slots, start + layout.block)]
+    """j * T + t of the tokens of picture j = `image` that stand in the row; `size` is its width and height."""
+    start, tokens = image * layout.block, layout.tokens
+    if not tokens.unpad:
+        return list(range(start, start + layout.block))
+    grid = np.flatnonzero(token_mask(*size, tokens.grid, tokens.newline, per_cell=tokens.per_cell))
+    return [*(grid + start).tolist(), *range(start + tokens.grid * tokens.columns, start + layout.block)]
 
 
 def exchanges(record: Record, pictures: int, reply_open: bool = False) -> list[tuple[str, str | None]]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh
-from jaxmllm.batch import EncoderInput
+from jaxmllm.batch import EncoderInput, MapShape
 from jaxmllm.nn.attention import Attention
 from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Init, Linear, Norm, Table, normal
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
@@ -96,6 +96,12 @@ class ViT(nn.Module):
         """How its pictures are prepared."""
         color = self.pad_color or tuple(int(255 * m) for m in self.mean)
         return EncoderInput(self.size, self.resize or self.size // self.patch, color)
+
+    @property
+    def maps(self) -> tuple[MapShape, ...]:
+        """Sizes of the taps."""
+        side = self.resize or self.size // self.patch
+        return (MapShape(side, side, self.width),) * len(self.taps)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

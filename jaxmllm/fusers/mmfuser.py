@@ -1,6 +1,6 @@
 """MMFuser (Cao et al. 2024, arXiv 2410.11829): the deep map asks the shallow ones, by deformable attention.
 
-    A   = MSDA(q = LN(Q), v = LN(X))      Q the last tap, X the taps before it, one shared LN for X
+    A   = MSDA(q = LN(Q), v = LN(X))      Q the last tap, X the others (levels), one shared LN for X
     A2  = MSDA(q = LN(A), v = LN(A))      the map with itself
     out = Q + scale_outer * (A + scale_inner * A2)
 
@@ -18,36 +18,74 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh
+from jaxmllm.batch import FeatureMap, MapShape
+from jaxmllm.fusers.level_attention import GlobalAttention, LinearAttention
+from jaxmllm.nn.maps import sizes
 from jaxmllm.nn.primitives import Linear, Norm, Table, zeros
 
 
 class MMFuser(nn.Module):
-    """taps [K, N, h, w, C] -> [N, h, w, C]. The last tap is query and residual, the others are keys' levels."""
+    """taps [K, N, h, w, C] -> the map [N, h, w, C]; in a list the keys' maps may have grids of their own.
+
+    query: place of the tap that asks and is the residual. levels: the first so many taps are asked; None: all but the
+    query. (The reference always asks the first four: of more taps the rest is ignored, of four the query is one.)
+    attention: "deformable"; "global" (softmax over all cells of all levels) or "linear" (over `pooled` x `pooled` means
+    of each level), the paper's table 7, for which no code is published. points: per head and level, deformable only.
+    """
 
     heads: int = 16
     points: int = 4
     eps: float = 1e-6
+    query: int = -1
+    levels: int | None = None
+    attention: str = "deformable"
+    pooled: int = 7
 
-    def __call__(self, taps: jax.Array) -> jax.Array:
-        return self.attend(taps)[0]
+    @nn.nowrap
+    def output(self, taps: tuple[MapShape, ...]) -> MapShape:
+        """Size of the map. Raises ValueError if these taps cannot be fused."""
+        count = len(taps)
+        if not -count <= self.query < count:
+            raise ValueError(f"MMFuser: there is no tap {self.query} among {count} to be the query")
+        if not 0 < (count - 1 if self.levels is None else self.levels) <= count:
+            raise ValueError(f"MMFuser: {count} taps cannot be a query and {self.levels or 'at least one'} levels")
+        query = taps[self.query]
+        if {x.c for x in self.keys(taps)} != {query.c} or query.c % self.heads:
+            raise ValueError(f"MMFuser needs taps of one width that {self.heads} heads divide, not {sizes(taps)}")
+        if self.attention not in ("deformable", "global", "linear"):
+            raise ValueError(f"MMFuser: attention is deformable, global or linear, not {self.attention!r}")
+        return query
+
+    @nn.nowrap
+    def keys(self, taps) -> list:
+        """The taps that are asked."""
+        query = self.query % len(taps)
+        return [x for i, x in enumerate(taps) if (i != query if self.levels is None else i < self.levels)]
+
+    @nn.nowrap
+    def attend_by(self, name: str) -> nn.Module:
+        """A fresh attention, called as (query [N, Q, C], reference [Q, 2], levels [N, h, w, C] each) -> [N, Q, C]."""
+        if self.attention == "global":
+            return GlobalAttention(self.heads, name=name)
+        if self.attention == "linear":
+            return LinearAttention(self.heads, self.pooled, name=name)
+        return DeformableAttention(self.heads, self.points, name=name)
+
+    def __call__(self, taps: jax.Array) -> FeatureMap:
+        return FeatureMap(self.attend(taps)[0])
 
     @nn.compact
     def attend(self, taps: jax.Array | list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(out [N, h, w, C], A [N, h*w, C], A2 [N, h*w, C]); in a list the levels may have grids of their own."""
-        if len(taps) < 2:
-            raise ValueError("MMFuser needs at least two taps: the last is the query, the others are asked")
-        query = taps[-1]
+        """(out [N, h, w, C], A [N, h*w, C], A2 [N, h*w, C])."""
+        query = taps[self.query]
         n, h, w, c = query.shape
-        cross, self_attn = (
-            DeformableAttention(self.heads, self.points, name=name) for name in ("cross_attn", "self_attn")
-        )
         reference = cell_centers(h, w)
         norm = Norm(eps=self.eps, name="feat_norm")
-        levels = [norm(level) for level in taps[:-1]]
+        levels = [norm(level) for level in self.keys(taps)]
         q = mesh.reshape(Norm(eps=self.eps, name="query_norm")(query), n, h * w, c)
-        a = cross(q, reference, levels)
+        a = self.attend_by("cross_attn")(q, reference, levels)
         a1 = Norm(eps=self.eps, name="norm1")(a)
-        a2 = self_attn(a1, reference, [mesh.reshape(a1, n, h, w, c)])
+        a2 = self.attend_by("self_attn")(a1, reference, [mesh.reshape(a1, n, h, w, c)])
         outer = Table((c,), zeros, name="scale_outer")().astype(query.dtype)
         inner = Table((c,), zeros, name="scale_inner")().astype(query.dtype)
         return query + mesh.reshape(outer * (a + inner * a2), n, h, w, c), a, a2

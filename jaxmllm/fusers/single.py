@@ -5,11 +5,20 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
+from jaxmllm.batch import FeatureMap, MapShape
+
 
 class Single(nn.Module):
-    """taps [K, N, h, w, C] -> [N, h, w, C], the tap at `index`."""
+    """taps [K, N, h, w, C] -> the map of the tap at `index`."""
 
     index: int = -1
 
-    def __call__(self, taps: jax.Array) -> jax.Array:
+    @nn.nowrap
+    def output(self, taps: tuple[MapShape, ...]) -> MapShape:
+        """Size of the map. Raises ValueError if these taps cannot be fused."""
+        if not -len(taps) <= self.index < len(taps):
+            raise ValueError(f"Single: there is no tap {self.index} among {len(taps)}")
         return taps[self.index]
+
+    def __call__(self, taps: jax.Array) -> FeatureMap:
+        return FeatureMap(taps[self.index])

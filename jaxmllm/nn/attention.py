@@ -146,3 +146,28 @@ class Attention(nn.Module):
             name="out",
         )
         return out(y), cache
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x [B, S, C] to keys [B, T, D] -> [B, S, C]; mask bool[B, T]: which keys may be seen.
+
+    No causality and no positions. At least one key of a row should be usable; else it gets the mean of the values.
+    """
+
+    heads: int
+    head_dim: int
+    use_bias: bool = True
+    kernel_init: Init | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
+        q = Linear((self.heads, 1, self.head_dim), out_axes=("heads", None, None), name="q", **common)(x)
+        k = Linear((self.heads, self.head_dim), out_axes=("heads", None), name="k", **common)(keys)
+        v = Linear((self.heads, self.head_dim), out_axes=("heads", None), name="v", **common)(keys)
+        segments = None
+        if mask is not None:
+            segments = mesh.shard(jnp.ones(x.shape[:2], jnp.int32), "batch", None), mask.astype(jnp.int32)
+        y = dot_product_attention(q, k, v, q_segments=segments and segments[0], kv_segments=segments and segments[1])
+        out_axes = ("heads", None, None)
+        return Linear((x.shape[-1],), out_axes, ("embed",), name="out", **common)(y)

@@ -1,4 +1,5 @@
-"""Linear, Norm, Embed, Table: the only callers of `self.param`, so initial values and shardings live in one place.
+"""Linear, Conv, Norm, Embed, Table: the only callers of `self.param`, so initial values and shardings live in one
+place.
 
 Parameters are float32 when made. They may be cast (to bfloat16) before `apply`; a layer computes in the dtype of its
 input and keeps norms in float32.
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmllm import mesh
 
@@ -66,6 +68,37 @@ class Linear(_Params):
             bias_init = zeros if self.kernel_init else torch_uniform(fan_in)
             bias = self.weight("bias", bias_init, self.features, self.out_axes)
             y = y + mesh.gather_param(bias, self.out_axes).astype(x.dtype)
+        return y
+
+
+class Conv(_Params):
+    """Convolution of stride 1, zeros around: [N, h, w, C] -> [N, h, w, features]; kernel [side, side, C, features].
+
+    depthwise: every channel has its own filter (kernel [side, side, 1, C], features = C). That one is a sum of shifted
+    products: XLA's partitioner doubles the gradient of a grouped convolution's kernel if the mesh has an axis that does
+    not split the batch (seen with jax 0.10.2: tensor = 2).
+    """
+
+    features: int
+    side: int = 3
+    depthwise: bool = False
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs, axes = (1 if self.depthwise else x.shape[-1]), (None, None, None if self.depthwise else "embed", None)
+        init = torch_uniform(self.side**2 * inputs)
+        kernel = self.weight("kernel", init, (self.side, self.side, inputs, self.features), axes)
+        kernel = mesh.gather_param(kernel, axes).astype(x.dtype)
+        if self.depthwise:
+            (_, h, w, _), low = x.shape, (self.side - 1) // 2
+            x = jnp.pad(x, ((0, 0), (low, self.side // 2), (low, self.side // 2), (0, 0)))
+            shifts = np.ndindex(self.side, self.side)
+            y = sum(x[:, i : i + h, j : j + w] * kernel[i, j, 0] for i, j in shifts)
+        else:
+            y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        if self.use_bias:
+            y = y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype)
         return y
 
 

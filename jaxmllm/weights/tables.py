@@ -7,8 +7,10 @@ the authors' for MMFuser, Cambrian-1 and VisPer-LM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from jaxmllm.aggregators.mof import InterleavedMoF
+from jaxmllm.aggregators.qformer import QFormer
 from jaxmllm.aggregators.sva import SVA
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.llms.decoder import Decoder
@@ -110,8 +112,13 @@ def _final_norm(vit: ViT, key: str) -> Table:
 
 
 def mlp(key: str, path: str, first: int = 0) -> Table:
-    """Linear, activation, Linear in a torch Sequential from its place `first` on (LLaVA's mlp2x_gelu)."""
+    """Linear, activation, Linear in a torch Sequential from its place `first` on."""
     return dense(f"{key}.{first}", f"{path}/up") + dense(f"{key}.{first + 2}", f"{path}/down")
+
+
+def projector(depth: int, first: int = 0) -> Table:
+    """LLaVA's mlp{depth}x_gelu: `depth` linear layers in a torch Sequential from its place `first` on."""
+    return join(dense(f"{first + 2 * i}", f"linear_{i}") for i in range(depth))
 
 
 def deformable_attention() -> Table:
@@ -127,6 +134,37 @@ def mmfuser() -> Table:
     table = copy("gamma1", "scale_outer/value") + copy("gamma2", "scale_inner/value")
     table += join(norm(name, name) for name in ("query_norm", "feat_norm", "norm1"))
     return table + join(deformable_attention().under(f"{x}.", f"{x}/") for x in ("cross_attn", "self_attn"))
+
+
+def qformer(aggregator: QFormer) -> Table:
+    """Blip2ForConditionalGeneration between its vision model and its language model."""
+    table = copy("query_tokens", "queries/value", LEAD) + norm("qformer.layernorm", "norm")
+    for i in range(aggregator.depth):
+        key, path = f"qformer.encoder.layer.{i}", f"layer_{i}"
+        kinds = {"attention": "self", "crossattention": "cross"} if i % aggregator.every == 0 else {"attention": "self"}
+        for theirs, ours in kinds.items():
+            part = f"{key}.{theirs}"
+            for x in ("query", "key", "value"):
+                table += dense(f"{part}.attention.{x}", f"{path}_{ours}/{x[0]}")
+            table += dense(f"{part}.output.dense", f"{path}_{ours}/out", inputs=3)
+            table += norm(f"{part}.output.LayerNorm", f"{path}_{ours}_norm")
+        table += dense(f"{key}.intermediate_query.dense", f"{path}_mlp/up")
+        table += dense(f"{key}.output_query.dense", f"{path}_mlp/down")
+        table += norm(f"{key}.output_query.LayerNorm", f"{path}_mlp_norm")
+    return table + dense("language_projection", "projector")
+
+
+def resampler(depth: int) -> Table:
+    """IdeficsPerceiverResampler; its width is the encoder's, and no linear layer follows it."""
+    table = copy("latents", "latents/value") + norm("layer_norm", "norm")
+    for i in range(depth):
+        key = f"blocks.{i}"
+        table += join(dense(f"{key}.0.{k}_proj", f"attn_{i}/{k}", bias=False) for k in "qkv")
+        table += dense(f"{key}.0.output_proj", f"attn_{i}/out", inputs=3, bias=False)
+        table += norm(f"{key}.0.context_layer_norm", f"norm_x_{i}") + norm(f"{key}.0.latents_layer_norm", f"norm_z_{i}")
+        table += norm(f"{key}.1.ln", f"norm_mlp_{i}") + dense(f"{key}.1.fc", f"mlp_{i}/up", bias=False)
+        table += dense(f"{key}.1.c_proj", f"mlp_{i}/down", bias=False)
+    return table
 
 
 def sva_layer(windows: list[int]) -> Table:
@@ -151,7 +189,7 @@ def sva(aggregator: SVA, grids: Mapping[str, int]) -> Table:
     for k, name in enumerate(grids):
         key = f"mm_projector_aux_{k}"
         table += mlp(key, f"projector_{name}") + norm(f"{key}.3", f"projector_norm_{name}")
-    for g, side in enumerate(aggregator.groups or (aggregator.grid,)):
+    for g, side in enumerate(aggregator.sides):
         layer = sva_layer([grid // side for grid in grids.values()])
         for i in range(aggregator.depth):
             table += layer.under(f"vision_sampler_{g}.layers.{i}.", f"group_{g}_layer_{i}/")
@@ -172,15 +210,28 @@ def cambrian(model: MLLM) -> Table:
 
 
 def llava(model: MLLM) -> Table:
-    """LlavaLlamaForCausalLM with the MLP projector of LLaVA-1.5, without its encoder."""
-    return llama(model.llm).under("", "llm/") + mlp("model.mm_projector", "aggregator/projector")
+    """LlavaLlamaForCausalLM with the MLP projector of LLaVA-1.5, without its encoder. Dense Connector's is the same."""
+    table = projector(model.aggregator.depth).under("model.mm_projector.", "aggregator/projector/")
+    return table + llama(model.llm).under("", "llm/")
 
 
 def mmfuser_llava(model: MLLM) -> Table:
-    """The same with MMFuser in front of the projector's two layers, in one Sequential."""
+    """The same with MMFuser in front of the projector's layers, in one Sequential."""
     (encoder,) = model.fusers
-    table = mmfuser().under("model.mm_projector.0.", f"fusers_{encoder}/")
-    return table + mlp("model.mm_projector", "aggregator/projector", 1) + llama(model.llm).under("", "llm/")
+    table = mmfuser().under("model.mm_projector.0.", f"fusers_{encoder}/") + llama(model.llm).under("", "llm/")
+    return table + projector(model.aggregator.depth, 1).under("model.mm_projector.", "aggregator/projector/")
+
+
+def interleaved_mof(aggregator: InterleavedMoF, encoders: Iterable[str]) -> Table:
+    """The two projectors of MMVP's LLaVA; encoders: the names of CLIP and DINOv2."""
+    keys = zip(("mm_projector", "dino_mm_projector"), encoders, strict=True)
+    return join(projector(aggregator.depth).under(f"{key}.", f"projector_{name}/") for key, name in keys)
+
+
+def mof_llava(model: MLLM) -> Table:
+    """LlavaLlamaForCausalLM of MMVP (interleaved features), without its encoders."""
+    table = interleaved_mof(model.aggregator, model.encoders).under("model.", "aggregator/")
+    return table + llama(model.llm).under("", "llm/")
 
 
 # Objectives

@@ -1,0 +1,74 @@
+"""Mixture of Features (Tong et al. 2024, arXiv 2401.06209, section 5): CLIP's and DINOv2's features, added or
+interleaved. Reference of the second: LLaVA/llava/model/llava_arch.py of MMVP; the first is in the paper only.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmllm import mesh
+from jaxmllm.aggregators.mlp import Projector, lay_out
+from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.nn.maps import need_plain, need_same
+
+
+class AdditiveMoF(nn.Module):
+    """Two maps of one size -> tokens [N, L*L, H]: one projector on alpha * first + (1 - alpha) * second."""
+
+    llm_width: int  # H
+    alpha: float = 0.5  # share of the first encoder
+    depth: int = 2
+    newline: bool = False
+    unpad: bool = False
+
+    @nn.nowrap
+    def layout(self, maps: dict[str, MapShape]) -> TokenLayout:
+        """Order of the tokens. Raises ValueError if these maps cannot be aggregated."""
+        if len(maps) != 2:
+            raise ValueError(f"AdditiveMoF adds the maps of two encoders, not of {len(maps)}")
+        return grid_layout(self, maps, channels=True)
+
+    @nn.compact
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+        a, b = (x.cells for x in maps.values())
+        x = (self.alpha * a.astype(jnp.float32) + (1 - self.alpha) * b.astype(jnp.float32)).astype(a.dtype)
+        x = Projector(self.llm_width, self.depth, name="projector")(x)
+        return VisualTokens(lay_out(x, self.newline), None)
+
+
+class InterleavedMoF(nn.Module):
+    """E maps of one grid -> tokens [N, E*L*L, H]: every encoder has a projector; a cell's tokens stand side by side,
+    in the order of the encoders."""
+
+    llm_width: int  # H
+    depth: int = 2
+    newline: bool = False
+    unpad: bool = False
+
+    @nn.nowrap
+    def layout(self, maps: dict[str, MapShape]) -> TokenLayout:
+        """Order of the tokens. Raises ValueError if these maps cannot be aggregated."""
+        if len(maps) < 2:
+            raise ValueError("InterleavedMoF needs at least two encoders; with one, use MLPProjector")
+        return grid_layout(self, maps, channels=False)
+
+    @nn.compact
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+        parts = [Projector(self.llm_width, self.depth, name=f"projector_{name}")(x.cells) for name, x in maps.items()]
+        n, h, w, _ = parts[0].shape
+        cells = mesh.reshape(jnp.stack(parts, 3), n, h, w * len(parts), self.llm_width)
+        return VisualTokens(lay_out(cells, self.newline), None)
+
+
+def grid_layout(mof: AdditiveMoF | InterleavedMoF, maps: dict[str, MapShape], channels: bool) -> TokenLayout:
+    """The layout both share. Raises ValueError unless the maps have one square grid (and, if `channels`, width)."""
+    who = type(mof).__name__
+    need_plain(who, maps.values())
+    need_same(who, maps.values(), channels)
+    (h, w, _, _), *_ = maps.values()
+    if h != w:
+        raise ValueError(f"{who}: the grid of its tokens must be square, not {h} x {w}")
+    per_cell = 1 if channels else len(maps)
+    return TokenLayout(mof.llm_width, h, mof.newline, mof.unpad, per_cell)

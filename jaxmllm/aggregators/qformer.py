@@ -1,0 +1,62 @@
+"""The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597, section 3.1), its image branch: learned queries talk to
+each other in every layer and ask the image in every second one. Post-norm, as BERT. Reference: transformers,
+blip_2/modeling_blip_2.py, Blip2QFormerModel, and the linear layer `language_projection` behind it.
+
+Decided here: several encoders' cells are one set of keys (their widths must agree); cells that show only padding are
+not seen. transformers keeps this part in float32; here only norms, softmax and what the train step says are.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmllm import mesh
+from jaxmllm.aggregators.resampler import flatten_cells
+from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.nn.attention import CrossAttention
+from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
+
+
+class QFormer(nn.Module):
+    """Maps -> tokens [N, `tokens`, H] that belong to no cell. Defaults: BLIP-2's."""
+
+    llm_width: int  # H
+    tokens: int = 32
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    every: int = 2  # layers 0, every, 2 * every, .. ask the image
+    eps: float = 1e-12
+
+    @nn.nowrap
+    def layout(self, maps: dict[str, MapShape]) -> TokenLayout:
+        """Order of the tokens. Raises ValueError if these maps cannot be aggregated."""
+        widths = {name: x.c for name, x in maps.items()}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"QFormer needs maps of one width, not {widths}; use one encoder, or Resampler")
+        if self.width % self.heads:
+            raise ValueError(f"QFormer: width {self.width} must be a multiple of its {self.heads} heads")
+        return TokenLayout(self.llm_width, extra=self.tokens)
+
+    @nn.compact
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+        parts = [flatten_cells(x, masks[name]) for name, x in maps.items()]
+        x, mask = (jnp.concatenate(part, 1) for part in zip(*parts))
+        init = normal(0.02)
+        z = Table((self.tokens, self.width), init, name="queries")().astype(x.dtype)
+        z = mesh.shard(jnp.broadcast_to(z, (x.shape[0], *z.shape)), "batch", None, None)
+        z = Norm(eps=self.eps, name="norm")(z)
+        for i in range(self.depth):
+            attend = [
+                CrossAttention(self.heads, self.width // self.heads, kernel_init=init, name=f"layer_{i}_{name}")
+                for name in ("self", "cross")
+            ]
+            z = Norm(eps=self.eps, name=f"layer_{i}_self_norm")(z + attend[0](z, z))
+            if i % self.every == 0:
+                z = Norm(eps=self.eps, name=f"layer_{i}_cross_norm")(z + attend[1](z, x, mask))
+            mlp = MLP(self.mlp, self.width, kernel_init=init, name=f"layer_{i}_mlp")
+            z = Norm(eps=self.eps, name=f"layer_{i}_mlp_norm")(z + mlp(z))
+        return VisualTokens(Linear((self.llm_width,), name="projector")(z), None)

@@ -1,0 +1,37 @@
+"""Means of the taps, plain and learned (two of the baselines of MMFuser, Cao et al. 2024, arXiv 2410.11829, table 1).
+
+Neither is published as code. Decided here: no norm before the mean; the learned weights are a softmax of logits that
+start at zero, so a fresh WeightedAverage is the plain one.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmllm.batch import FeatureMap, MapShape
+from jaxmllm.nn.maps import mean, need_same
+from jaxmllm.nn.primitives import Table, zeros
+
+
+class Average(nn.Module):
+    """taps [K, N, h, w, C] -> their mean, taken in float32."""
+
+    @nn.nowrap
+    def output(self, taps: tuple[MapShape, ...]) -> MapShape:
+        """Size of the map. Raises ValueError if these taps cannot be fused."""
+        need_same(type(self).__name__, taps)
+        return taps[0]
+
+    def __call__(self, taps: jax.Array) -> FeatureMap:
+        return FeatureMap(mean(taps))
+
+
+class WeightedAverage(Average):
+    """taps [K, N, h, w, C] -> sum_k softmax(logits)_k taps_k, in float32; K parameters."""
+
+    @nn.compact
+    def __call__(self, taps: jax.Array) -> FeatureMap:
+        weights = jax.nn.softmax(Table((len(taps),), zeros, name="logits")().astype(jnp.float32))
+        return FeatureMap(sum(w * x.astype(jnp.float32) for w, x in zip(weights, taps)).astype(taps[0].dtype))

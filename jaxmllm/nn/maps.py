@@ -1,0 +1,56 @@
+"""Feature maps [N, h, w, C]: resizing, pooling, and what maps must have in common to be joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from jaxmllm.batch import MapShape
+
+
+def resize(x: jax.Array, h: int, w: int, method: str = "bilinear") -> jax.Array:
+    """[N, h', w', C] -> [N, h, w, C]: half-pixel centres, no antialias, in float32 (torch's F.interpolate)."""
+    if x.shape[1:3] == (h, w):
+        return x
+    shape = (x.shape[0], h, w, x.shape[-1])
+    return jax.image.resize(x.astype(jnp.float32), shape, method, antialias=False).astype(x.dtype)
+
+
+def mean(maps: Iterable[jax.Array]) -> jax.Array:
+    """Mean of maps of one size, in float32, returned in their dtype."""
+    maps = list(maps)
+    return (sum(m.astype(jnp.float32) for m in maps) / len(maps)).astype(maps[0].dtype)
+
+
+def adaptive_pool(x: jax.Array, h: int, w: int) -> jax.Array:
+    """[N, h', w', C] -> [N, h, w, C]: means of bins floor(i h'/h) .. ceil((i+1) h'/h) (torch's AdaptiveAvgPool2d)."""
+    rows, columns = _bins(x.shape[1], h), _bins(x.shape[2], w)
+    return jnp.einsum("ai,bj,nijc->nabc", rows, columns, x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _bins(size: int, bins: int) -> jax.Array:
+    """float32[bins, size]: row i holds the weights of bin i."""
+    i, at = jnp.arange(bins)[:, None], jnp.arange(size)
+    inside = (at >= i * size // bins) & (at < -(-(i + 1) * size // bins))
+    return inside / inside.sum(1, keepdims=True)
+
+
+def sizes(shapes: Iterable[MapShape], channels: bool = True) -> str:
+    """For messages: "6 x 6 x 32, 3 x 3 x 64"."""
+    return ", ".join(f"{s.h} x {s.w}" + f" x {s.c}" * channels for s in shapes)
+
+
+def need_same(who: str, shapes: Iterable[MapShape], channels: bool = True) -> None:
+    """Raises ValueError unless all maps have one grid (and, if `channels`, one width)."""
+    shapes = list(shapes)
+    if len({s[: 2 + channels] for s in shapes}) > 1:
+        what = "size" if channels else "grid"
+        raise ValueError(f"{who} needs maps of one {what}, not {sizes(shapes, channels)}")
+
+
+def need_plain(who: str, shapes: Iterable[MapShape]) -> None:
+    """Raises ValueError if a map has tokens beside its grid."""
+    if any(s.extra for s in shapes):
+        raise ValueError(f"{who} reads grids only, and a fuser gives tokens beside its grid (STI); use a projector")

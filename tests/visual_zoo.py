@@ -1,0 +1,159 @@
+"""Toy visual paths of every kind, and one forward and backward pass through them.
+
+python -m tests.visual_zoo        every part once, on 8 devices (fsdp 4 x tensor 2); one JSON line
+"""
+
+from __future__ import annotations
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmllm import mesh as meshes
+from jaxmllm.aggregators.c_abstractor import CAbstractor
+from jaxmllm.aggregators.mlp import MLPProjector
+from jaxmllm.aggregators.mof import AdditiveMoF, InterleavedMoF
+from jaxmllm.aggregators.pixel_shuffle import PixelShuffle
+from jaxmllm.aggregators.qformer import QFormer
+from jaxmllm.aggregators.resampler import Resampler
+from jaxmllm.aggregators.sva import SVA
+from jaxmllm.encoders.vit import ViT
+from jaxmllm.fusers.average import Average, WeightedAverage
+from jaxmllm.fusers.concat import Concat
+from jaxmllm.fusers.dense_connector import STI, dci, sci
+from jaxmllm.fusers.fpn import FPN
+from jaxmllm.fusers.mmfuser import MMFuser
+from jaxmllm.fusers.single import Single
+from jaxmllm.llms.decoder import Decoder
+from jaxmllm.mesh import Mesh
+from jaxmllm.mllm import MLLM, content_mask
+from jaxmllm.train.state import flatten, unflatten
+
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of what these tests do
+WIDTH, LLM, IMAGES = 16, 24, 8
+LAYERS = {"remat": "none"}
+DECODER = Decoder(40, LLM, 1, 2, 2, 24, **LAYERS)
+
+ENCODERS = {
+    "clip": ViT(16, 4, WIDTH, 3, 2, 24, (1, 2, 3), "quick_gelu", class_token=True, pre_norm=True, **LAYERS),
+    "siglip": ViT(18, 4, WIDTH, 3, 2, 24, (1, 2, 3), "gelu_tanh", **LAYERS),
+    "dino": ViT(16, 4, WIDTH, 3, 2, 24, (1, 2, 3), class_token=True, registers=2, layer_scale=True, **LAYERS),
+    "fine": ViT(16, 2, WIDTH, 3, 2, 24, (1, 2, 3), **LAYERS),  # twice the others' grid
+    "wide": ViT(16, 4, 2 * WIDTH, 3, 2, 24, (1, 2, 3), **LAYERS),
+}
+FUSERS: dict[str, nn.Module] = {
+    "single": Single(),
+    "average": Average(),
+    "weighted": WeightedAverage(),
+    "concat": Concat(),
+    "fpn": FPN(),
+    "external": Concat(((0, 1), (2,))),
+    "sti": STI(pool=3),
+    "sci": sci(),
+    "dci": dci(1, final=2),
+    "mmfuser": MMFuser(heads=2, points=2),
+    "global": MMFuser(heads=2, attention="global"),
+    "linear": MMFuser(heads=2, attention="linear", pooled=3),
+}
+AGGREGATORS: dict[str, nn.Module] = {
+    "linear": MLPProjector(LLM, 4, depth=1),
+    "mlp": MLPProjector(LLM, 4, newline=True),
+    "additive": AdditiveMoF(LLM, alpha=0.25),
+    "interleaved": InterleavedMoF(LLM),
+    "resampler": Resampler(LLM, WIDTH, tokens=3, depth=2, heads=2, head_dim=8, mlp_ratio=2),
+    "qformer": QFormer(LLM, tokens=3, width=8, depth=2, heads=2, mlp=16),
+    "shuffle": PixelShuffle(LLM, 2),
+    "abstractor": CAbstractor(LLM, 2, width=8, depth=1),
+    "sva": SVA(8, LLM, 4, depth=1, heads=2),
+}
+
+
+def model(encoders: tuple[str, ...], fuser: str, aggregator: str) -> MLLM:
+    """The same fuser for all encoders. Raises ValueError if they do not fit."""
+    chosen = {name: ENCODERS[name] for name in encoders}
+    return MLLM(chosen, dict.fromkeys(encoders, FUSERS[fuser]), AGGREGATORS[aggregator], DECODER, {})
+
+
+def covering() -> dict[str, MLLM]:
+    """Every fuser and every aggregator in at least one model, with two encoders where that is possible."""
+    found = {}
+    for fuser, aggregator in [(f, "mlp") for f in FUSERS] + [("single", a) for a in AGGREGATORS]:
+        for encoders in (("clip", "dino"), ("clip",)):
+            try:
+                found[f"{fuser}+{aggregator}"] = model(encoders, fuser, aggregator)
+                break
+            except ValueError:
+                continue
+    return found
+
+
+class Path(nn.Module):
+    """Fusers and aggregator of a model, without its encoders: taps by encoder [K, N, h, w, C] -> tokens [N, P, H]."""
+
+    fusers: dict[str, nn.Module]
+    aggregator: nn.Module
+
+    def __call__(self, taps: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jax.Array:
+        return self.aggregator({name: fuse(taps[name]) for name, fuse in self.fusers.items()}, masks).tokens
+
+
+def random_like(shapes: dict, seed: int) -> dict[str, jax.Array]:
+    """Random parameters, also where fresh ones are zero, sharded as fresh ones are."""
+    rng, found = np.random.default_rng(seed), {}
+    for path, x in shapes.items():
+        values = rng.normal(0, 2 * max(np.prod(x.shape[:-1]), 4) ** -0.5, x.shape).astype(np.float32)
+        found[path] = jax.sharding.reshard(values, x.sharding.spec) if meshes.has_mesh() else jnp.asarray(values)
+    return found
+
+
+def inputs(models: dict[str, MLLM]) -> tuple[dict, dict]:
+    """Random taps and padding masks of all encoders."""
+    rng, taps, masks = np.random.default_rng(0), {}, {}
+    encoders = {name: encoder for model in models.values() for name, encoder in model.encoders.items()}
+    for name, encoder in sorted(encoders.items()):
+        (h, w, c, _), *_ = encoder.maps
+        x = rng.normal(size=(len(encoder.maps), IMAGES, h, w, c)).astype(np.float32)
+        taps[name] = meshes.shard(jnp.asarray(x), None, "batch", None, None, None)
+        padding = meshes.shard(jnp.asarray([[0, i % 2] for i in range(IMAGES)]), "batch", None)
+        masks[name] = content_mask(padding, h)
+    return taps, masks
+
+
+def run(models: dict[str, MLLM]) -> tuple[dict, dict]:
+    """({model: tokens}, {model: {path: gradient}}) of a random linear function of the tokens, in one program."""
+    taps, masks = inputs(models)
+    paths = {name: Path(model.fusers, model.aggregator) for name, model in models.items()}
+    params, cotangents = {}, {}
+    for i, (name, path) in enumerate(paths.items()):
+        init = lambda *args, path=path: path.init(jax.random.key(0), *args)["params"]
+        mine = {encoder: taps[encoder] for encoder in path.fusers}, masks
+        params[name] = random_like(flatten(jax.eval_shape(init, *mine)), i)
+        shape = (IMAGES, models[name].layout.tokens.count, LLM)
+        cotangents[name] = np.random.default_rng(i).normal(size=shape).astype(np.float32)
+
+    def loss(params, taps):
+        tokens, total = {}, 0.0
+        for name, path in paths.items():
+            mine = {encoder: taps[encoder] for encoder in path.fusers}
+            tokens[name] = path.apply({"params": unflatten(params[name])}, mine, masks)
+            total = total + jnp.sum(tokens[name] * meshes.shard(jnp.asarray(cotangents[name]), "batch", None, None))
+        return total, tokens
+
+    grads, tokens = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(params, taps)
+    return jax.device_get((tokens, grads))
+
+
+def norms(tokens: dict, grads: dict) -> dict[str, float]:
+    """L2 norms of everything."""
+    found = {name: tokens[name] for name in tokens}
+    found |= {f"{name}: {path}": g for name in grads for path, g in grads[name].items()}
+    return {name: float(np.linalg.norm(x)) for name, x in found.items()}
+
+
+if __name__ == "__main__":
+    meshes.MIN_FSDP_SIZE = 64  # so that toy weights are split over fsdp too
+    with jax.set_mesh(Mesh(fsdp=4, tensor=2).build()):
+        print(json.dumps(norms(*run(covering()))))

@@ -1,0 +1,112 @@
+"""Parameters and FLOPs of every fuser and aggregator at the sizes of its paper: the numbers of docs/visual_path.md.
+
+    python tools/visual_table.py
+
+Nothing is allocated or compiled. FLOPs: one image, forward, as XLA counts the program before it optimises it (a
+multiply-add is two).
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmllm.aggregators.c_abstractor import CAbstractor
+from jaxmllm.aggregators.mlp import MLPProjector
+from jaxmllm.aggregators.mof import AdditiveMoF, InterleavedMoF
+from jaxmllm.aggregators.pixel_shuffle import PixelShuffle
+from jaxmllm.aggregators.qformer import QFormer
+from jaxmllm.aggregators.resampler import Resampler
+from jaxmllm.aggregators.sva import SVA, SVALayer
+from jaxmllm.batch import FeatureMap, MapShape, Memory
+from jaxmllm.fusers.average import Average, WeightedAverage
+from jaxmllm.fusers.concat import Concat
+from jaxmllm.fusers.dense_connector import STI, dci, sci
+from jaxmllm.fusers.fpn import FPN
+from jaxmllm.fusers.mmfuser import MMFuser
+from jaxmllm.fusers.single import Single
+from jaxmllm.train.state import flatten
+
+H = 4096  # width of a language model of 7 or 8 billion parameters
+CLIP = MapShape(24, 24, 1024)
+CAMBRIAN = {
+    "siglip": MapShape(24, 24, 1152), "clip": CLIP,
+    "dino": MapShape(24, 24, 1536), "convnext": MapShape(96, 96, 5760),
+}  # fmt: skip
+
+FUSERS = {  # name -> (fuser, number of CLIP-L/336 taps)
+    "Single": (Single(), 1),
+    "Average": (Average(), 5),
+    "WeightedAverage": (WeightedAverage(), 5),
+    "Concat": (Concat(), 5),
+    'Concat, "all" of Lin et al.': (Concat((tuple(range(12)), tuple(range(12, 24)), (22,))), 24),
+    "FPN": (FPN(), 5),
+    "STI": (STI(), 3),
+    "SCI": (sci(), 3),
+    "DCI": (dci(), 24),
+    "MMFuser, deformable": (MMFuser(), 5),
+    "MMFuser, global": (MMFuser(attention="global"), 5),
+    "MMFuser, linear": (MMFuser(attention="linear"), 5),
+}
+AGGREGATORS = {  # name -> (aggregator, maps)
+    "MLPProjector, depth 1": (MLPProjector(H, 24, depth=1), {"clip": CLIP}),
+    "MLPProjector": (MLPProjector(H, 24), {"clip": CLIP}),
+    "MLPProjector, after SCI or DCI": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 3072)}),
+    "MLPProjector, after Concat of 5": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 5120)}),
+    "MLPProjector, after STI": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 1024, 144)}),
+    "MLPProjector, Cambrian's four": (MLPProjector(H, 24), CAMBRIAN),
+    "AdditiveMoF": (AdditiveMoF(H), {"clip": CLIP, "dino": CLIP}),
+    "InterleavedMoF": (InterleavedMoF(H), {"clip": CLIP, "dino": CLIP}),
+    "Resampler": (Resampler(H, 1024), {"clip": CLIP}),
+    "QFormer": (QFormer(H), {"clip": MapShape(16, 16, 1408)}),
+    "PixelShuffle": (PixelShuffle(H, 12), {"clip": CLIP}),
+    "CAbstractor": (CAbstractor(H), {"clip": CLIP}),
+    "SVA": (SVA(1024, H, 24), CAMBRIAN),
+}
+
+
+def measure(module: nn.Module, *args) -> tuple[int, float]:
+    """(parameters, FLOPs) of a module for these abstract inputs."""
+    init = lambda *args: module.init(jax.random.key(0), *args)
+    variables = jax.eval_shape(init, *args)
+    count = sum(math.prod(x.shape) for x in flatten(variables.get("params", {})).values())
+    lowered = jax.jit(module.apply).lower(variables, *args)
+    return count, lowered.cost_analysis().get("flops", 0.0)
+
+
+def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def measure_fuser(fuser: nn.Module, taps: int) -> tuple[int, float]:
+    return measure(fuser, array(taps, 1, *CLIP[:3]))
+
+
+def measure_aggregator(aggregator: nn.Module, maps: dict[str, MapShape]) -> tuple[int, float]:
+    aggregator.layout(maps)
+    features = {k: FeatureMap(array(1, *m[:3]), array(1, m.extra, m.c) if m.extra else None) for k, m in maps.items()}
+    masks = {k: array(1, m.h, m.w, dtype=jnp.bool_) for k, m in maps.items()}
+    return measure(aggregator, features, masks)
+
+
+def measure_in_llm(width: int) -> tuple[int, float]:
+    """One SVA layer of Cambrian-1 inside a language model."""
+    sides = [m.h for m in CAMBRIAN.values()]
+    features = tuple(array(1, side, side, 1024) for side in sides)
+    masks = tuple(array(1, side, side, dtype=jnp.bool_) for side in sides)
+    return measure(SVALayer(1024), array(1, 24, 24, width), Memory(features, masks, array(1, 1024)))
+
+
+def main() -> None:
+    rows = {name: measure_fuser(*what) for name, what in FUSERS.items()}
+    rows |= {name: measure_aggregator(*what) for name, what in AGGREGATORS.items()}
+    rows["SVALayer in the language model"] = measure_in_llm(H)
+    for name, (count, flops) in rows.items():
+        print(f"| {name} | {count:,} | {flops / 1e9:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
