@@ -82,11 +82,25 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderInput:
-    """How pictures must be prepared for one encoder."""
+    """How pictures must be prepared for one encoder. Raises ValueError for a fit or filter that is not listed here.
+
+    fit: "pad" centres the picture on a square of `pad_color`; "crop" resizes its shorter side to `edge` (default: size)
+    and takes the middle, so the ends are lost; "squash" ignores its shape. filter: "bicubic" or "bilinear", as PIL's.
+    """
 
     size: int  # pixels per side
     grid: int  # side of the feature grid
     pad_color: tuple[int, int, int]  # RGB fill of pad-to-square
+    fit: str = "pad"
+    edge: int | None = None
+    filter: str = "bicubic"
+
+    def __post_init__(self):
+        for name, known in (("fit", ("pad", "crop", "squash")), ("filter", ("bicubic", "bilinear"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.edge and (self.fit != "crop" or self.edge < self.size):
+            raise ValueError(f'edge {self.edge} is for fit="crop" and must be {self.size} (the size) or more')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,13 @@ def count_encoder(vit) -> int:
         # torch parameters of Hugging Face's vision models at these sizes, and what a ViT here has no use for
         (encoders.clip_l_336, 303_507_456),
         (encoders.siglip_so400m_384, 428_225_600 - 15_238_352),  # the pooling head
+        (encoders.siglip2_so400m_384, 428_225_600 - 15_238_352),
         (encoders.dinov2_l, 304_368_640 - 1024),  # the mask token
         (encoders.dinov2_g, 1_136_480_768 - 1536),
+        (partial(encoders.dinov2_l, registers=4), 304_372_736 - 1024),
+        (partial(encoders.dinov2_g, registers=4), 1_136_486_912 - 1536),
+        (encoders.dinov3_l, 303_129_600 - 1024),
+        (encoders.dinov3_h_plus, 840_592_640 - 1280),
     ],
 )
 def test_encoder(preset, parameters):
