@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxmllm.encoders.common import HALF, IMAGENET_MEAN, IMAGENET_STD
+from jaxmllm.encoders.convnext import ConvNeXt
+from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.weights import encoder_tables
 from jaxmllm.weights.convert import export_weights, import_weights
@@ -198,3 +200,90 @@ def test_timm_layout(tmp_path):
     again = export_weights(layout, params)
     for key, x in open_folder(tmp_path / "timm").items():
         np.testing.assert_array_equal(again[key], x)
+
+
+def convnext(**fields):
+    sizes = dict(hidden_sizes=[8, 12, 16, 24], depths=[1, 2, 2, 1])
+    config = transformers.ConvNextConfig(**sizes, layer_scale_init_value=0.5)
+    model = randomised(transformers.ConvNextModel(config), 0.1)
+    return model, ConvNeXt(64, (8, 12, 16, 24), (1, 2, 2, 1), **fields, remat="none")
+
+
+@pytest.mark.parametrize("tap", range(5))
+def test_convnext(tap, tmp_path):
+    model, net = convnext(taps=(tap,))
+    model.save_pretrained(tmp_path / "theirs")
+    images = pictures(64)
+    params = import_weights(encoder_tables.convnext(net), open_folder(tmp_path / "theirs"), shapes(net, images))
+    theirs = model(pixels_of(net, images), output_hidden_states=True)
+    close(apply(net, params, images)[0].transpose(0, 3, 1, 2), theirs.hidden_states[tap])
+    if tap == 4:
+        again = reopened(model, tmp_path, encoder_tables.convnext(net), params)
+        assert torch.equal(again(pixels_of(net, images)).last_hidden_state, theirs.last_hidden_state)
+
+
+def test_convnext_as_cambrian_joins_it(tmp_path):
+    """Four stages, each resized in float32 without antialias, and joined on channels: 16, 8, 4, 2 -> 6 a side."""
+    model, net = convnext(taps=(1, 2, 3, 4), resize=6)
+    model.save_pretrained(tmp_path / "theirs")
+    images = pictures(64)
+    params = import_weights(encoder_tables.convnext(net), open_folder(tmp_path / "theirs"), shapes(net, images))
+    states = model(pixels_of(net, images), output_hidden_states=True).hidden_states[1:]
+    resized = [torch.nn.functional.interpolate(s, (6, 6), mode="bilinear", align_corners=False) for s in states]
+    close(apply(net, params, images)[0].transpose(0, 3, 1, 2), torch.cat(resized, 1))
+
+
+def test_convnext_timm_layout(tmp_path):
+    """A ConvNeXt as open_clip stores it gives the outputs of the same ConvNeXt as Hugging Face stores it."""
+    model, net = convnext(taps=(1, 2, 3, 4), resize=4)
+    model.save_pretrained(tmp_path / "theirs")
+    theirs, images = open_folder(tmp_path / "theirs"), pictures(64)
+    names = {
+        "embeddings.patch_embeddings": "stem.0",
+        "embeddings.layernorm": "stem.1",
+        "encoder.stages": "stages",
+        "downsampling_layer": "downsample",
+        "layers": "blocks",
+        "dwconv": "conv_dw",
+        "layernorm": "norm",
+        "pwconv1": "mlp.fc1",
+        "pwconv2": "mlp.fc2",
+        "layer_scale_parameter": "gamma",
+    }
+    renamed = {}
+    for key, x in theirs.items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        renamed["visual.trunk." + ("head." + key if key.startswith("norm.") else key)] = x
+    write_folder(tmp_path / "timm", renamed)
+    layout = encoder_tables.timm_convnext(net).under("visual.trunk.", "")
+    params = import_weights(layout, open_folder(tmp_path / "timm"), shapes(net, images))
+    same = import_weights(encoder_tables.convnext(net), theirs, shapes(net, images))
+    np.testing.assert_array_equal(apply(net, params, images), apply(net, same, images))
+
+
+@pytest.mark.parametrize("size", [64, 70], ids=["whole windows", "odd sides"])
+@pytest.mark.parametrize("norms", [True, False])
+def test_swin(size, norms, tmp_path):
+    """OneFormer's backbone: 70 pixels are 18 patches, 9 and 5 after halving, in windows of 4 that are filled up."""
+    stages = ["stage1", "stage2", "stage3"]
+    config = transformers.SwinConfig(
+        embed_dim=12, depths=[2, 4, 2], num_heads=[2, 3, 4], window_size=4, image_size=size, out_features=stages
+    )
+    model = randomised(transformers.SwinBackbone(config), 0.05)
+    model.save_pretrained(tmp_path / "theirs")
+    images, sizes = pictures(size), (size, 12, (2, 4, 2), (2, 3, 4), 4)
+    theirs = call(model, Swin(*sizes, taps=(1,)), images)
+    states = theirs.feature_maps if norms else theirs.hidden_states[1:]
+    for tap, state in zip((1, 2, 3), states):
+        net = Swin(*sizes, taps=(tap,), norms=norms, remat="none")
+        params = import_weights(
+            encoder_tables.swin_backbone(net), open_folder(tmp_path / "theirs"), shapes(net, images)
+        )
+        close(apply(net, params, images)[0].transpose(0, 3, 1, 2), state)
+    net = Swin(*sizes, taps=(1, 2, 3), resize=4, norms=norms)
+    table = encoder_tables.swin_backbone(net)
+    params = import_weights(table, open_folder(tmp_path / "theirs"), shapes(net, images))
+    again = reopened(model, tmp_path, table, params)
+    for before, after in zip(theirs.feature_maps, call(again, net, images).feature_maps):
+        assert torch.equal(before, after)

