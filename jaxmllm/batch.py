@@ -105,12 +105,22 @@ class EncoderInput:
 
 @dataclasses.dataclass(frozen=True)
 class VisualLayout:
-    """All that the data pipeline must know of the visual path."""
+    """All that the data pipeline must know of the visual path. Raises ValueError if encoders differ in their `fit`:
+    their maps would show different parts of a picture."""
 
     encoders: dict[str, EncoderInput]
     grid: int  # L
     newline: bool
     task_tokens: int
+
+    def __post_init__(self):
+        fits = {name: encoder.fit for name, encoder in self.encoders.items()}
+        if len(set(fits.values())) > 1:
+            raise ValueError(f"all encoders of a model must have the same fit, not {fits}")
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of what a picture of a size fills of its square: all of it unless it is padded."""
+        return size if all(encoder.fit == "pad" for encoder in self.encoders.values()) else (1, 1)
 
     @property
     def columns(self) -> int:

@@ -33,6 +33,7 @@ class SampleSpec:
     seq_len: int  # S, tokens of a row
     image_slots: int  # I, pictures of a row
     targets: Targets | None = None
+    fast_jpeg: bool = False  # see images.prepare_all
 
     def __post_init__(self):
         if self.image_slots < 1:
@@ -77,8 +78,8 @@ def make_sample(record: Record, index: int, spec: SampleSpec, reply_open: bool =
     sizes = [image.size for image in images]
     tokens, labels, visual = make_tokens(record, sizes, spec, reply_open)
     encoders = spec.layout.encoders
-    pixels = [prepare_all(record, blob, image, encoders) for blob, image in zip(record.images, images)]
-    pads = {name: [padding(*size, e.grid) for size in sizes] for name, e in encoders.items()}
+    pixels = [prepare_all(record, blob, image, encoders, spec.fast_jpeg) for blob, image in zip(record.images, images)]
+    pads = {name: [padding(*spec.layout.shape(size), e.grid) for size in sizes] for name, e in encoders.items()}
     found = [spec.targets(record, j) for j in range(len(images))] if spec.targets else []
     shapes = spec.target_shapes
     return Sample(
@@ -128,7 +129,7 @@ def make_tokens(
 
 def image_places(image: int, size: tuple[int, int], layout: VisualLayout) -> list[int]:
     """j * T + t of the tokens of picture j = `image` that stand in the row: its grid, then task tokens."""
-    grid = np.flatnonzero(token_mask(*size, layout.grid, layout.newline))
+    grid = np.flatnonzero(token_mask(*layout.shape(size), layout.grid, layout.newline))
     start = image * layout.block
     return [*(grid + start).tolist(), *range(start + layout.patch_slots, start + layout.block)]
 
