@@ -13,7 +13,7 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from jaxmllm.batch import EncoderInput, VisualLayout
-from jaxmllm.data.images import prepare, prepare_all
+from jaxmllm.data.images import decode, needed, prepare
 from jaxmllm.data.samples import image_places
 from tests.conftest import ROOT
 
@@ -74,6 +74,12 @@ def test_padded_as_llava():
         np.testing.assert_array_equal(ours, theirs.transpose(1, 2, 0))
 
 
+def pixels(file, encoder, fast_jpeg):
+    image = Image.open(file)
+    size = image.size
+    return prepare(decode(None, None, image, [needed(size, encoder)], fast_jpeg), encoder, size)
+
+
 @pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
 def test_fast_jpeg(fit):
     """Pixels of a large JPEG differ by little (the bounds are twice what was measured), those of a small one not."""
@@ -82,16 +88,12 @@ def test_fast_jpeg(fit):
     for scale in (2, 5):  # the photo is 320 pixels wide
         content = io.BytesIO()
         photo.resize((320 * scale, 212 * scale), Image.Resampling.BICUBIC).save(content, "JPEG", quality=95)
-        exact, fast = (
-            prepare_all(None, None, Image.open(content), {"a": encoder}, fast_jpeg)["a"].astype(int)
-            for fast_jpeg in (False, True)
-        )
+        exact, fast = (pixels(content, encoder, fast_jpeg).astype(int) for fast_jpeg in (False, True))
         difference = np.abs(exact - fast)
         assert 0 < difference.max() <= 56 and difference.mean() <= 4.4
     small = io.BytesIO()
     photo.resize((100, 70)).save(small, "JPEG")
-    pair = [prepare_all(None, None, Image.open(small), {"a": encoder}, fast)["a"] for fast in (False, True)]
-    np.testing.assert_array_equal(*pair)
+    np.testing.assert_array_equal(*(pixels(small, encoder, fast_jpeg) for fast_jpeg in (False, True)))
 
 
 def test_encoders_must_see_the_same_part():

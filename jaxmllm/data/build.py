@@ -19,7 +19,7 @@ def sample_spec(run: Run) -> SampleSpec:
     if tokenizer.size > model.llm.vocab:
         raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is only {model.llm.vocab}")
     lengths = data.seq_len, data.image_slots
-    return SampleSpec(tokenizer, data.template, model.layout, *lengths, data.targets, data.fast_jpeg)
+    return SampleSpec(tokenizer, data.template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
 
 
 def check_data(run: Run) -> None:

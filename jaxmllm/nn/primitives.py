@@ -108,14 +108,17 @@ class Conv(_Params):
         inputs = 1 if self.depthwise else x.shape[-1]
         init, none = torch_uniform(self.kernel**2 * inputs), (None,) * 4
         kernel = self.weight("kernel", init, (self.kernel, self.kernel, inputs, self.features), none)
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            (self.stride, self.stride),
-            self.padding if isinstance(self.padding, str) else [(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1] if self.depthwise else 1,
-        )
+
+        def conv(x, kernel):
+            pad = self.padding if isinstance(self.padding, str) else [(self.padding, self.padding)] * 2
+            layout, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1] if self.depthwise else 1
+            stride = (self.stride, self.stride)
+            return jax.lax.conv_general_dilated(
+                x, kernel, stride, pad, dimension_numbers=layout, feature_group_count=groups
+            )
+
+        # Left to XLA (jax 0.10.2), the gradient of a depthwise kernel is doubled on a mesh of fsdp 2 x tensor 2.
+        y = mesh.on_own_rows(conv, x, kernel.astype(x.dtype))
         return y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype) if self.use_bias else y
 
 
