@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxmllm.encoders.common import HALF, IMAGENET_MEAN, IMAGENET_STD
+from jaxmllm.encoders.common import HALF, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, resample_table
 from jaxmllm.encoders.convnext import ConvNeXt
 from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
@@ -287,3 +287,21 @@ def test_swin(size, norms, tmp_path):
     again = reopened(model, tmp_path, table, params)
     for before, after in zip(theirs.feature_maps, call(again, net, images).feature_maps):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("old, new", [(37, 24), (37, 27), (16, 27), (27, 24), (4, 3)])
+@pytest.mark.parametrize("kind", INTERPOLATIONS)
+def test_resampled_positions(kind, old, new):
+    """torch's own resampling; the offset is passed to it as DINOv2 does, in the scale factor."""
+    table = np.random.default_rng(0).standard_normal((old, old, 8), np.float32)
+    mode, _, extra = kind.partition("_")
+    scale = (new + 0.1) / old
+    size = dict(scale_factor=(scale, scale)) if extra == "offset" else dict(size=(new, new))
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(table).permute(2, 0, 1)[None],
+        mode=mode,
+        align_corners=False,
+        antialias=extra == "antialias",
+        **size,
+    )
+    close(resample_table(table, new, kind), theirs[0].permute(1, 2, 0))
