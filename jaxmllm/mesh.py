@@ -165,6 +165,14 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: row[i])(x, index)
 
 
+def on_own_rows(f, x: jax.Array, *weights: jax.Array) -> jax.Array:
+    """f(x, *weights) on each device's rows of the batch-first x, the weights whole: for what XLA splits wrongly."""
+    if not has_mesh():
+        return f(x, *weights)
+    rows = P(jax.typeof(x).sharding.spec[0])
+    return jax.shard_map(f, in_specs=(rows, *[P()] * len(weights)), out_specs=rows)(x, *weights)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """How a host batch lies on the mesh: rows over all data axes, everything else whole."""
     return NamedSharding(mesh, spec("batch"))

@@ -72,7 +72,7 @@ def test_resize_and_pool(size):
 @pytest.mark.parametrize("side", [3, 5])
 def test_convolution(side, depthwise):
     x, kernel, bias = random(2, 7, 6, 4), random(side, side, 1 if depthwise else 4, 4, seed=1), random(4, seed=2)
-    ours = apply(Conv(4, side, depthwise), {"kernel": kernel, "bias": bias}, jnp.asarray(x))
+    ours = apply(Conv(4, side, depthwise=depthwise), {"kernel": kernel, "bias": bias}, jnp.asarray(x))
     groups = 4 if depthwise else 1
     weight = torch.from_numpy(CONV.save(kernel).copy())
     theirs = F.conv2d(channels_first(x), weight, torch.from_numpy(bias), padding=side // 2, groups=groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,43 @@ def count_encoder(vit) -> int:
         # torch parameters of Hugging Face's vision models at these sizes, and what a ViT here has no use for
         (encoders.clip_l_336, 303_507_456),
         (encoders.siglip_so400m_384, 428_225_600 - 15_238_352),  # the pooling head
+        (encoders.siglip2_so400m_384, 428_225_600 - 15_238_352),
         (encoders.dinov2_l, 304_368_640 - 1024),  # the mask token
         (encoders.dinov2_g, 1_136_480_768 - 1536),
+        (partial(encoders.dinov2_l, registers=4), 304_372_736 - 1024),
+        (partial(encoders.dinov2_g, registers=4), 1_136_486_912 - 1536),
+        (encoders.dinov3_l, 303_129_600 - 1024),
+        (encoders.dinov3_h_plus, 840_592_640 - 1280),
     ],
 )
 def test_encoder(preset, parameters):
     assert count_encoder(preset(taps=(preset().layers,), final_norm=True)) == parameters
+
+
+@pytest.mark.parametrize(
+    "encoder, parameters",
+    [
+        # timm's convnext_xxlarge without its head; transformers' SwinBackbone with its four norms
+        (encoders.convnext_xxl(), 843_398_016 - 2 * 3072),
+        (encoders.swin_l((1, 2, 3, 4), resize=24), 195_204_276 - 2 * 1536),
+        (encoders.efficientnet_lite0((17,)), 4_652_008 - 1_281_000 + 2 * 21_008),  # no classifier; mean, var
+    ],
+)
+def test_pyramid(encoder, parameters):
+    assert count_encoder(encoder) == parameters
+
+
+def test_cambrian_towers():
+    """Maps and pad colours of specs: 24, 24, 24 and 96 a side; widths 1152, 1024, 1536 and 5760."""
+    towers = encoders.cambrian()
+    colors = [(122, 116, 104), (122, 116, 104), (123, 116, 103), (122, 116, 104)]
+    assert [tower.input.pad_color for tower in towers.values()] == colors
+    assert [tower.input.size for tower in towers.values()] == [384, 336, 378, 1024]
+    found = []
+    for tower in towers.values():
+        picture = jax.ShapeDtypeStruct((1, tower.size, tower.size, 3), jnp.uint8)
+        found.append(jax.eval_shape(lambda x, tower=tower: tower.init_with_output(jax.random.key(0), x)[0], picture))
+    assert [x.shape for x in found] == [(1, 1, s, s, c) for s, c in ((24, 1152), (24, 1024), (24, 1536), (96, 5760))]
 
 
 def test_only_blocks_that_are_read_are_built():

@@ -17,7 +17,7 @@ from jaxmllm.fusers.single import Single
 from jaxmllm.llms.decoder import Decoder, Inserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
-from jaxmllm.weights import tables
+from jaxmllm.weights import encoder_tables, tables
 from jaxmllm.weights.convert import Entry, Table, export_weights, import_weights, linear
 from jaxmllm.weights.safetensors import open_folder, write_folder
 from tests.golden_case import shapes
@@ -68,6 +68,8 @@ def families():
         "gen": EmbedDistill(1, 6, 16, (3,), tokens=2, pooled=False, blocks=2),
     }
     clip = vit(class_token=True, pre_norm=True, patch_bias=False)
+    naflex = vit(table=3, final_norm=True)
+    dino3 = vit(class_token=True, layer_scale=True, registers=2, rope_theta=100.0, key_bias=False)
     dino = vit(class_token=True, layer_scale=True, registers=2, gated=True, final_norm=True, taps=(4,))
     cambrian = mllm(SVA(16, 16, 2, depth=2, heads=4, groups=(2, 1)), llm(**insert))
     visper = mllm(MLPProjector(16, 2), llm(), distill=teachers)
@@ -77,9 +79,12 @@ def families():
         "llama": (tables.llama(phi), of_llm(phi)),
         "qwen2, tied": (tables.llama(qwen), of_llm(qwen)),
         "phi3": (tables.phi3(phi), of_llm(phi)),
-        "clip": (tables.clip_vision(clip), shapes(clip, PICTURE)),
-        "siglip": (tables.siglip_vision(vit()), shapes(vit(), PICTURE)),
-        "dinov2": (tables.dinov2(dino), shapes(dino, PICTURE)),
+        "clip": (encoder_tables.clip_vision(clip), shapes(clip, PICTURE)),
+        "siglip": (encoder_tables.siglip_vision(vit()), shapes(vit(), PICTURE)),
+        "dinov2": (encoder_tables.dinov2(dino), shapes(dino, PICTURE)),
+        "siglip2": (encoder_tables.siglip2_vision(naflex), shapes(naflex, PICTURE)),
+        "timm": (encoder_tables.timm_vit(vit()), shapes(vit(), PICTURE)),
+        "dinov3": (encoder_tables.dinov3_vit(dino3), shapes(dino3, PICTURE)),
         "cambrian": (tables.cambrian(cambrian), of_mllm(cambrian)),
         "visper": (tables.visper(visper), of_mllm(visper)),
         "mmfuser_llava": (tables.mmfuser_llava(fused), of_mllm(fused)),

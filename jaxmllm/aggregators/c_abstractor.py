@@ -36,7 +36,7 @@ class RegBlock(nn.Module):
             return Norm(name=name)(y)
 
         y = silu(norm(conv1x1(x, "conv1"), "norm1"))
-        y = silu(norm(Conv(self.width, depthwise=True, use_bias=False, name="conv2")(y), "norm2"))
+        y = silu(norm(Conv(self.width, 3, depthwise=True, use_bias=False, name="conv2")(y), "norm2"))
         means = y.astype(jnp.float32).mean((1, 2), keepdims=True).astype(y.dtype)
         gate = Linear((self.width,), name="gate_up")(silu(Linear((round(inputs / 4),), name="gate_down")(means)))
         y = norm(conv1x1(y * jax.nn.sigmoid(gate), "conv3"), "norm3")

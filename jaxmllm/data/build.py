@@ -18,7 +18,8 @@ def sample_spec(run: Run) -> SampleSpec:
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
         raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is only {model.llm.vocab}")
-    return SampleSpec(tokenizer, data.template, model.layout, data.seq_len, data.image_slots, data.targets)
+    lengths = data.seq_len, data.image_slots
+    return SampleSpec(tokenizer, data.template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
 
 
 def check_data(run: Run) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxmllm.data.images import open_image, prepare_all
+from jaxmllm.data.images import decode, open_image
 from jaxmllm.data.loader import OPEN_ROWS, SAMPLES
 from jaxmllm.data.packing import Bins
 from jaxmllm.data.samples import BadSample, SampleSpec, exchanges, make_tokens
@@ -42,7 +42,7 @@ class Stats:
     bad: int  # those that are not
     tokens: dict[str, int]  # "min", "p50", "p90", "p99", "max", and "mean": tokens of a sample, pictures included
     trained: int  # tokens with a label, of all samples
-    images: dict[int, int]  # pictures in a record -> records
+    images: dict[int, int]  # image slots of a record -> records
     packing: float  # share of a row's places that are no padding
 
 
@@ -56,7 +56,7 @@ def check(source: Source, progress: Progress | None = None) -> Report:
             sources[str(record.data.get("source", ""))] += 1
             exchanges(record, len(record.images))
             for blob in record.images:
-                prepare_all(record, blob, open_image(record, blob), {})
+                decode(record, blob, open_image(record, blob))
                 images += 1
         except BadSample as bad:
             problems.setdefault(bad.kind, []).append(bad)
@@ -79,7 +79,7 @@ def stats(source: Source, spec: SampleSpec, limit: int = 10_000, progress: Progr
             sizes = [open_image(record, blob).size for blob in record.images]
             tokens, labels, _ = make_tokens(record, sizes, spec)
             lengths.append(len(tokens))
-            counts.append(len(sizes))
+            counts.append(sum(map(spec.slots, sizes)))
             trained += int((labels >= 0).sum())
         except BadSample:
             bad += 1

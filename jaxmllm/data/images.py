@@ -1,4 +1,4 @@
-"""Pictures: padded to a square, resized, and which tokens show only padding.
+"""Pictures: made square, resized, and which tokens show only padding.
 
 Pixels stay 0..255; encoders normalise them. Padding follows Cambrian's arithmetic exactly (tests/goldens).
 """
@@ -6,7 +6,9 @@ Pixels stay 0..255; encoders normalise them. Padding follows Cambrian's arithmet
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -24,15 +26,31 @@ def open_image(record: Record, blob: Blob) -> Image.Image:
         raise unreadable(record, blob, error) from None
 
 
-def prepare_all(
-    record: Record, blob: Blob, image: Image.Image, encoders: dict[str, EncoderInput]
-) -> dict[str, np.ndarray]:
-    """Encoder name -> uint8[size, size, 3]; decodes once. Raises BadSample for a truncated or broken file."""
+def decode(
+    record: Record, blob: Blob, image: Image.Image, least: Sequence[tuple[int, int]] = (), fast_jpeg: bool = False
+) -> Image.Image:
+    """The picture as RGB, its pixels decoded. Raises BadSample for a truncated or broken file.
+
+    fast_jpeg: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if that is still twice the (width, height) of each in
+    `least`. Large ones take a quarter of the time; pixels differ by 0.5 of 255 on average, by up to 62 at edges
+    (docs/log.md).
+    """
     try:
-        image = image.convert("RGB")
+        if fast_jpeg:
+            image.draft("RGB", tuple(2 * max(sides) for sides in zip(*least)))  # does nothing for other formats
+        return image.convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
         raise unreadable(record, blob, error) from None
-    return {name: prepare(image, encoder) for name, encoder in encoders.items()}
+
+
+def needed(size: tuple[int, int], encoder: EncoderInput, grid: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """(width, height) that a picture of a size has once it is resized for an encoder, padding aside; grid: of tiles."""
+    if any(grid):
+        return fitted(size, grid, encoder.size)
+    if encoder.fit == "squash":
+        return encoder.size, encoder.size
+    scale = (encoder.edge or encoder.size) / min(size) if encoder.fit == "crop" else encoder.size / max(size)
+    return tuple(math.ceil(side * scale) for side in size)
 
 
 def unreadable(record: Record, blob: Blob, error: Exception) -> Exception:
@@ -40,15 +58,53 @@ def unreadable(record: Record, blob: Blob, error: Exception) -> Exception:
     return record.bad("unreadable picture", reason, blob.path)
 
 
-def prepare(image: Image.Image, encoder: EncoderInput) -> np.ndarray:
-    """An RGB picture, centred on a square of `pad_color` and resized (bicubic): uint8[size, size, 3]."""
-    width, height = image.size
-    side = max(width, height)
-    if width != height:
+def prepare(image: Image.Image, encoder: EncoderInput, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An RGB picture -> uint8[size, size, 3], made square as encoder.fit says; equal to what transformers' PIL
+    processors give before they normalise ("pad" is LLaVA's, in front of CLIP's processor).
+
+    size: (width, height) of the picture, if it was decoded smaller.
+    """
+    width, height = size or image.size
+    method = Image.Resampling[encoder.filter.upper()]
+    if encoder.fit == "crop":
+        edge, short = encoder.edge or encoder.size, min(width, height)
+        width, height = (edge if side == short else int(edge * side / short) for side in (width, height))
+        left, top = (width - encoder.size) // 2, (height - encoder.size) // 2
+        resized = image.resize((width, height), method)
+        return np.asarray(resized.crop((left, top, left + encoder.size, top + encoder.size)))
+    if encoder.fit == "pad" and width != height:
+        width, height = image.size
+        side = max(width, height)
         square = Image.new("RGB", (side, side), encoder.pad_color)
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
-    return np.asarray(image.resize((encoder.size, encoder.size), Image.Resampling.BICUBIC))
+    return np.asarray(image.resize((encoder.size, encoder.size), method))
+
+
+def fitted(size: tuple[int, int], grid: tuple[int, int], tile: int) -> tuple[int, int]:
+    """(width, height) of a picture resized to lie in a grid of tiles, its shape kept."""
+    (width, height), (rows, columns) = size, grid
+    across, down = columns * tile / width, rows * tile / height
+    if across < down:
+        return columns * tile, min(math.ceil(height * across), rows * tile)
+    return min(math.ceil(width * down), columns * tile), rows * tile
+
+
+def views(image: Image.Image, encoder: EncoderInput, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """The whole picture, then its tiles line by line: uint8[1 + rows*columns, px, px, 3]; (0, 0): only the whole.
+
+    size: (width, height) of the picture, which may have been decoded smaller.
+    """
+    (rows, columns), px = grid, encoder.size
+    whole = prepare(image, encoder, size)[None]
+    if not rows:
+        return whole
+    width, height = fitted(size, grid, px)
+    canvas = Image.new("RGB", (columns * px, rows * px))
+    place = (columns * px - width) // 2, (rows * px - height) // 2
+    canvas.paste(image.resize((width, height), Image.Resampling[encoder.filter.upper()]), place)
+    tiles = np.asarray(canvas).reshape(rows, px, columns, px, 3).swapaxes(1, 2).reshape(-1, px, px, 3)
+    return np.concatenate([whole, tiles])
 
 
 def padding(width: int, height: int, grid: int, least: int = 1) -> tuple[int, int]:

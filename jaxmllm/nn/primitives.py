@@ -1,5 +1,6 @@
-"""Linear, Conv, Norm, Embed, Table: the only callers of `self.param`, so initial values and shardings live in one
-place.
+"""Linear, Conv, Norm, BatchNorm, Embed, Table: the only callers of `self.param`.
+
+So initial values and shardings live in one place.
 
 Parameters are float32 when made. They may be cast (to bfloat16) before `apply`; a layer computes in the dtype of its
 input and keeps norms in float32.
@@ -13,7 +14,6 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmllm import mesh
 
@@ -72,34 +72,33 @@ class Linear(_Params):
 
 
 class Conv(_Params):
-    """Convolution of stride 1, zeros around: [N, h, w, C] -> [N, h, w, features]; kernel [side, side, C, features].
+    """[N, h, w, in] -> [N, ceil(h/stride), ceil(w/stride), features]; zeros around as TensorFlow's "SAME" puts them:
+    with a stride more of them on the right and below.
 
-    depthwise: every channel has its own filter (kernel [side, side, 1, C], features = C). That one is a sum of shifted
-    products: XLA's partitioner doubles the gradient of a grouped convolution's kernel if the mesh has an axis that does
-    not split the batch (seen with jax 0.10.2: tensor = 2).
+    Kernel [side, side, in, features]; depthwise: every channel has its own filter, [side, side, 1, features].
     """
 
     features: int
-    side: int = 3
+    side: int
+    stride: int = 1
     depthwise: bool = False
     use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs, axes = (1 if self.depthwise else x.shape[-1]), (None, None, None if self.depthwise else "embed", None)
+        inputs, axes = (1, (None,) * 4) if self.depthwise else (x.shape[-1], (None, None, "embed", None))
         init = torch_uniform(self.side**2 * inputs)
         kernel = self.weight("kernel", init, (self.side, self.side, inputs, self.features), axes)
-        kernel = mesh.gather_param(kernel, axes).astype(x.dtype)
-        if self.depthwise:
-            (_, h, w, _), low = x.shape, (self.side - 1) // 2
-            x = jnp.pad(x, ((0, 0), (low, self.side // 2), (low, self.side // 2), (0, 0)))
-            shifts = np.ndindex(self.side, self.side)
-            y = sum(x[:, i : i + h, j : j + w] * kernel[i, j, 0] for i, j in shifts)
-        else:
-            y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        if self.use_bias:
-            y = y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype)
-        return y
+        groups = self.features if self.depthwise else 1
+
+        def conv(x, kernel):
+            layout, stride = ("NHWC", "HWIO", "NHWC"), (self.stride, self.stride)
+            return jax.lax.conv_general_dilated(
+                x, kernel, stride, "SAME", dimension_numbers=layout, feature_group_count=groups
+            )
+
+        y = mesh.on_own_rows(conv, x, mesh.gather_param(kernel, axes).astype(x.dtype))
+        return y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype) if self.use_bias else y
 
 
 class Norm(_Params):
@@ -118,6 +117,24 @@ class Norm(_Params):
         if self.kind == "layer":
             y = y + self.weight("bias", zeros, x.shape[-1:], (None,)).astype(jnp.float32)
         return y.astype(x.dtype)
+
+
+class BatchNorm(_Params):
+    """Batch normalisation of pretrained networks, in float32: the stored statistics are used and never change.
+
+    They get no gradient; where its weights are trained, take weight decay off "mean" and "var".
+    """
+
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, axes = x.shape[-1:], (None,)
+        scale, bias = (self.weight(name, init, shape, axes) for name, init in (("scale", ones), ("bias", zeros)))
+        mean, var = (self.weight(name, init, shape, axes) for name, init in (("mean", zeros), ("var", ones)))
+        mean, var = (jax.lax.stop_gradient(w.astype(jnp.float32)) for w in (mean, var))
+        y = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + self.eps)
+        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class Embed(_Params):
@@ -156,6 +173,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP
     "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
     "silu": jax.nn.silu,
 }
 

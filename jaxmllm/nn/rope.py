@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (x[i], x[i + D/2]) of the last dimension by position * theta^(-2i/D), in float32.
+def line_angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
+    """int32[B, S] -> float32[B, S, dim/2]: position * theta^(-2i/dim)."""
+    half = dim // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return positions.astype(jnp.float32)[..., None] * frequency
 
-    x [B, S, ..., D]; positions int32[B, S]. Returns x's shape and dtype.
+
+def grid_angles(side: int, dim: int, theta: float) -> jax.Array:
+    """float32[side*side, dim/2] of a grid's cells, row by row: half the angles turn with the row, half with the column.
+
+    Cell centres lie in -1..1, and the slowest angle is 2 pi theta^(4/dim - 1) of that (DINOv3, Simeoni et al. 2025).
+    """
+    centre = (jnp.arange(side, dtype=jnp.float32) + 0.5) / side * 2 - 1
+    frequency = theta ** (-4 * jnp.arange(dim // 4, dtype=jnp.float32) / dim)
+    angle = 2 * math.pi * centre[:, None] * frequency
+    return jnp.concatenate([jnp.repeat(angle, side, 0), jnp.tile(angle, (side, 1))], 1)
+
+
+def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
+    """Rotates pairs (x[i], x[i + D/2]) of the last dimension by an angle, in float32.
+
+    x [B, S, ..., D]; angle float32[B or 1, S, D/2]. Returns x's shape and dtype.
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
     angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)

@@ -1,8 +1,8 @@
 """Which foreign tensor is which of our parameters, family by family.
 
 Each function takes the module (its fields give the sizes) and returns a table relative to it; `under` puts it
-in its place. Key layouts are those of published checkpoints: Hugging Face's for encoders and language models,
-the authors' for MMFuser, Cambrian-1 and VisPer-LM.
+in its place. Key layouts are those of published checkpoints: Hugging Face's for language models, the authors' for
+MMFuser, Cambrian-1 and VisPer-LM. Encoders: encoder_tables.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from jaxmllm.aggregators.mof import InterleavedMoF
 from jaxmllm.aggregators.qformer import QFormer
 from jaxmllm.aggregators.sva import SVA
-from jaxmllm.encoders.vit import ViT
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import Predictor
-from jaxmllm.weights.convert import CELLS, CONV, FLAT, LEAD, Table, copy, dense, ignore, join, norm
+from jaxmllm.weights.convert import CELLS, FLAT, LEAD, Table, copy, dense, ignore, join, norm
 
 # Language models
 
@@ -47,65 +46,6 @@ def _causal_lm(decoder: Decoder, block: Table) -> Table:
         path, index = decoder.layer_path(i)
         table += block.under(f"model.layers.{i}.", f"{path}/", index)
     return table + (ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding"))
-
-
-# Vision encoders. Blocks after the last tap, and the final norm if no tap needs it, are left out.
-
-
-def clip_vision(vit: ViT) -> Table:
-    """CLIPVisionModel (published files put "vision_model." in front of the keys)."""
-    table = copy("embeddings.class_embedding", "class_token/value", FLAT) + norm("pre_layrnorm", "pre_norm")
-    return table + _clip_like(vit, "post_layernorm") + ignore(r"embeddings\.position_ids")
-
-
-def siglip_vision(vit: ViT) -> Table:
-    """SiglipVisionModel (no pooling head; published files put "vision_model." in front of the keys)."""
-    return _clip_like(vit, "post_layernorm") + ignore(r"embeddings\.position_ids", r"head\..*")
-
-
-def _clip_like(vit: ViT, final_norm: str) -> Table:
-    block = join(dense(f"self_attn.{x}_proj", f"attn/{x}") for x in "qkv")
-    block += dense("self_attn.out_proj", "attn/out", inputs=3)
-    block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down")
-    block += norm("layer_norm1", "norm1") + norm("layer_norm2", "norm2")
-    table = _patches("embeddings.patch_embedding", vit) + copy(
-        "embeddings.position_embedding.weight", "positions/value"
-    )
-    return table + _blocks(vit, "encoder.layers", block) + _final_norm(vit, final_norm)
-
-
-def dinov2(vit: ViT) -> Table:
-    """Dinov2Model, with or without registers, MLP or SwiGLU."""
-    names = (("query", "q"), ("key", "k"), ("value", "v"))
-    block = join(dense(f"attention.attention.{theirs}", f"attn/{ours}") for theirs, ours in names)
-    block += dense("attention.output.dense", "attn/out", inputs=3)
-    if vit.gated:
-        block += dense("mlp.weights_in", "mlp/gate") + dense("mlp.weights_in", "mlp/up")
-        block += dense("mlp.weights_out", "mlp/down")
-    else:
-        block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down")
-    block += join(norm(f"norm{i}", f"norm{i}") + copy(f"layer_scale{i}.lambda1", f"scale{i}/value") for i in (1, 2))
-    table = copy("embeddings.cls_token", "class_token/value", LEAD) + ignore(r"embeddings\.mask_token")
-    table += copy("embeddings.position_embeddings", "positions/value", LEAD)
-    if vit.registers:
-        table += copy("embeddings.register_tokens", "registers/value", LEAD)
-    table += _patches("embeddings.patch_embeddings.projection", vit)
-    return table + _blocks(vit, "encoder.layer", block) + _final_norm(vit, "layernorm")
-
-
-def _patches(key: str, vit: ViT) -> Table:
-    table = copy(f"{key}.weight", "patch/kernel", CONV)
-    return table + copy(f"{key}.bias", "patch/bias") if vit.patch_bias else table
-
-
-def _blocks(vit: ViT, key: str, block: Table) -> Table:
-    depth = max(vit.taps)
-    used = join(block.under(f"{key}.{i}.", "blocks/layers/block/", (i,)) for i in range(depth))
-    return used + ignore(*(rf"{key}\.{i}\..*" for i in range(depth, vit.layers)))
-
-
-def _final_norm(vit: ViT, key: str) -> Table:
-    return norm(key, "final_norm") if vit.final_norm else ignore(rf"{key}\..*")
 
 
 # The visual path

@@ -1,0 +1,66 @@
+"""ConvNeXt (Liu et al. 2022), as CLIP's convolutional tower in Cambrian-1 and VisPer-LM."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from jaxmllm import mesh
+from jaxmllm.batch import MapShape
+from jaxmllm.encoders.common import Pyramid
+from jaxmllm.nn.primitives import MLP, Conv, Linear, Norm, Table
+from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
+
+
+class Block(nn.Module):
+    """x + scale * MLP(norm(depthwise 7x7 convolution of x))."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x, cache):
+        """x [N, h, w, C]; cache is passed through."""
+        width = x.shape[-1]
+        y = Norm(eps=self.eps, name="norm")(Conv(width, 7, depthwise=True, name="conv")(x))
+        y = MLP(4 * width, width, name="mlp")(y)
+        return x + y * Table((width,), nn.initializers.ones, name="scale")().astype(y.dtype), cache
+
+
+class ConvNeXt(Pyramid):
+    """uint8[N, size, size, 3] -> [1, N, grid, grid, C], C the sum of the tapped stages' widths.
+
+    A stem of stride 4, then stages of which all but the first halve the side. Stage outputs are not normed.
+    """
+
+    size: int
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    taps: tuple[int, ...]
+    eps: float = 1e-6
+
+    @property
+    def pyramid(self) -> tuple[MapShape, ...]:
+        sides = [self.size // 4 >> i for i in range(len(self.depths))]
+        return tuple(MapShape(s, s, c) for s, c in zip((sides[0], *sides), (self.widths[0], *self.widths)))
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = self.normalise(images)
+        x = Norm(eps=self.eps, name="stem_norm")(Linear(self.widths[:1], (None,) * 3, name="stem")(cells(x, 4)))
+        maps = {0: x}
+        for i in range(1, max(self.taps) + 1):
+            if i > 1:
+                x = cells(Norm(eps=self.eps, name=f"down{i}_norm")(x), 2)
+                x = Linear((self.widths[i - 1],), (None,) * 3, name=f"down{i}")(x)
+            depth = self.depths[i - 1]
+            stack = Stack(Block(self.eps), depth, self.remat, self.unroll, name=f"stage{i}")
+            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), 1, depth), None)
+            maps[i] = x
+        return self.joined([maps[t] for t in self.taps])
+
+
+def cells(x: jax.Array, side: int) -> jax.Array:
+    """[N, h, w, C] -> [N, h/side, w/side, side, side, C]: the windows of a convolution whose stride is its size."""
+    n, h, w, c = x.shape
+    h, w = h // side, w // side
+    return mesh.reshape(x[:, : h * side, : w * side], n, h, side, w, side, c).swapaxes(2, 3)

@@ -1,0 +1,153 @@
+"""Swin Transformer (Liu et al. 2021), as the backbone of OneFormer: windows keep their size on small maps."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmllm import mesh
+from jaxmllm.batch import MapShape
+from jaxmllm.encoders.common import Pyramid
+from jaxmllm.encoders.convnext import cells
+from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
+from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
+
+APART = -100.0  # added to the score of cells that the cyclic shift made neighbours (Swin's own value)
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside windows of side `window`, with a learned bias for each offset between two cells."""
+
+    heads: int
+    window: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, apart: np.ndarray | None) -> jax.Array:
+        """x [N, windows, window^2, C]; apart bool[windows, window^2, window^2]: pairs that do not see each other."""
+        width = x.shape[-1]
+        dim = width // self.heads
+        q, k, v = (Linear((self.heads, dim), out_axes=("heads", None), name=name)(x) for name in "qkv")
+        scores = jnp.einsum("nwshd,nwthd->nwhst", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        table = Table(((2 * self.window - 1) ** 2, self.heads), normal(0.02), name="offset_bias")()
+        bias = mesh.shard(table[offsets(self.window)].transpose(2, 0, 1), "heads", None, None)  # [heads, s, t]
+        scores = scores + bias.astype(jnp.float32)
+        if apart is not None:
+            scores = scores + APART * apart[:, None].astype(np.float32)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        y = jnp.einsum("nwhst,nwthd->nwshd", weights, v)
+        return Linear((width,), ("heads", None), ("embed",), name="out")(y)
+
+
+def offsets(window: int) -> np.ndarray:
+    """int[window^2, window^2]: row of the bias table for the offset from cell t to cell s."""
+    at = np.stack(np.meshgrid(np.arange(window), np.arange(window), indexing="ij"), -1).reshape(-1, 2)
+    d = at[:, None] - at[None] + window - 1
+    return d[..., 0] * (2 * window - 1) + d[..., 1]
+
+
+def shifted_apart(side: int, window: int, shift: int) -> np.ndarray:
+    """bool[windows, window^2, window^2] of a side x side map rolled by -shift: pairs from different ends of the map."""
+    at = np.arange(side)
+    end = (at >= side - window).astype(int) + (at >= side - shift)
+    region = (end[:, None] * 3 + end).reshape(side // window, window, side // window, window)
+    region = region.swapaxes(1, 2).reshape(-1, window * window)
+    return region[:, :, None] != region[:, None]
+
+
+class Block(nn.Module):
+    """Window attention and an MLP, both with a norm in front and a residual."""
+
+    heads: int
+    window: int
+    shift: int
+    mlp_ratio: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [N, side, side, C]."""
+        n, side, _, width = x.shape
+        window, shift = self.window, self.shift
+        y = Norm(eps=self.eps, name="norm1")(x)
+        whole = -(-side // window) * window
+        y = jnp.pad(y, ((0, 0), (0, whole - side), (0, whole - side), (0, 0)))
+        y = jnp.roll(y, (-shift, -shift), (1, 2)) if shift else y
+        count = whole // window
+        y = mesh.reshape(cells(y, window), n, count * count, window * window, width)
+        apart = shifted_apart(whole, window, shift) if shift else None
+        y = WindowAttention(self.heads, window, name="attn")(y, apart)
+        y = mesh.reshape(y, n, count, count, window, window, width).swapaxes(2, 3)
+        y = mesh.reshape(y, n, whole, whole, width)
+        y = jnp.roll(y, (shift, shift), (1, 2)) if shift else y
+        x = x + y[:, :side, :side]
+        mlp = MLP(self.mlp_ratio * width, width, name="mlp")
+        return x + mlp(Norm(eps=self.eps, name="norm2")(x))
+
+
+class Pair(nn.Module):
+    """A block with windows from the corner on, and one with windows shifted by half their side."""
+
+    heads: int
+    window: int
+    mlp_ratio: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x, cache):
+        for name, shift in (("plain", 0), ("shifted", self.window // 2)):
+            x = Block(self.heads, self.window, shift, self.mlp_ratio, self.eps, name=name)(x)
+        return x, cache
+
+
+class Swin(Pyramid):
+    """uint8[N, size, size, 3] -> [1, N, grid, grid, C], C the sum of the tapped stages' widths.
+
+    Stage i has width * 2^(i-1) channels; depths are even. norms: a LayerNorm behind each tapped stage, as OneFormer's
+    backbone has. A tap is the stage's output before it is halved for the next.
+    """
+
+    size: int
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    taps: tuple[int, ...]
+    norms: bool = True
+    mlp_ratio: int = 4
+    eps: float = 1e-5
+
+    def __post_init__(self):
+        if any(depth % 2 for depth in self.depths) or len(self.depths) != len(self.heads):
+            raise ValueError(f"Swin: depths {self.depths} must be even, and heads {self.heads} as many")
+        super().__post_init__()
+
+    @property
+    def pyramid(self) -> tuple[MapShape, ...]:
+        first = -(-self.size // 4)
+        sides = [-(-first // 2**i) for i in range(len(self.depths))]
+        stages = [MapShape(side, side, self.width * 2**i) for i, side in enumerate(sides)]
+        return (stages[0], *stages)
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = cells(padded(self.normalise(images), 4), 4)
+        x = Norm(name="stem_norm")(Linear((self.width,), (None,) * 3, name="stem")(x))
+        maps = {0: x}
+        for i in range(1, max(self.taps) + 1):
+            if i > 1:
+                x = cells(padded(x, 2), 2).swapaxes(3, 4)  # Swin orders the four cells column by column
+                x = mesh.reshape(x, *x.shape[:3], 4 * x.shape[-1])
+                x = Linear((x.shape[-1] // 2,), use_bias=False, name=f"down{i}")(Norm(name=f"down{i}_norm")(x))
+            pairs = self.depths[i - 1] // 2
+            block = Pair(self.heads[i - 1], self.window, self.mlp_ratio, self.eps)
+            stack = Stack(block, pairs, self.remat, self.unroll, name=f"stage{i}")
+            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), 1, pairs), None)
+            maps[i] = Norm(name=f"norm{i}")(x) if self.norms and i in self.taps else x
+        return self.joined([maps[t] for t in self.taps])
+
+
+def padded(x: jax.Array, multiple: int) -> jax.Array:
+    """[N, h, w, C] with zeros on the right and below, so that the sides divide by `multiple`."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, -x.shape[2] % multiple), (0, 0)))

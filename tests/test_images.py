@@ -1,0 +1,115 @@
+"""Pixels are those of transformers' image processors; and how far the fast JPEG path is from them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
+from jaxmllm.data.images import decode, needed, prepare
+from jaxmllm.data.samples import image_places
+from tests.conftest import ROOT
+
+PHOTOS = sorted((ROOT / "tests" / "photos").glob("*.jpg"))
+RAW = dict(do_rescale=False, do_normalize=False)
+SIZES = [(320, 213), (213, 320), (101, 333), (57, 40), (64, 64), (1, 90), (333, 335)]
+
+
+def edge(size, crop=None):
+    return dict(size={"shortest_edge": size}, crop_size={"height": crop or size, "width": crop or size}, **RAW)
+
+
+def square(size):
+    return dict(size={"height": size, "width": size}, **RAW)
+
+
+@pytest.mark.parametrize(
+    "processor, encoder",
+    [
+        (CLIPImageProcessorPil(**edge(336)), EncoderInput(336, 24, (0, 0, 0), "crop")),
+        (BitImageProcessorPil(**edge(256, 224)), EncoderInput(224, 16, (0, 0, 0), "crop", 256)),  # DINOv2
+        (SiglipImageProcessorPil(**square(384)), EncoderInput(384, 27, (0, 0, 0), "squash")),
+        (  # SigLIP2, fixed size
+            SiglipImageProcessorPil(**square(384), resample=2),
+            EncoderInput(384, 27, (0, 0, 0), "squash", None, "bilinear"),
+        ),
+        (
+            ConvNextImageProcessorPil(size={"shortest_edge": 224}, **RAW),
+            EncoderInput(224, 7, (0, 0, 0), "crop", 256),
+        ),
+        (ConvNextImageProcessorPil(size={"shortest_edge": 384}, **RAW), EncoderInput(384, 12, (0, 0, 0), "squash")),
+    ],
+    ids=["clip", "dinov2", "siglip", "siglip2", "convnext-224", "convnext-384"],
+)
+def test_as_transformers(processor, encoder):
+    for picture in pictures():
+        theirs = processor(picture, return_tensors="np")["pixel_values"][0]
+        assert theirs.dtype == np.uint8
+        np.testing.assert_array_equal(prepare(picture, encoder), theirs.transpose(1, 2, 0))
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in SIZES]
+    return noise + [Image.open(photo).convert("RGB") for photo in PHOTOS[:3]]
+
+
+def test_padded_as_llava():
+    """LLaVA-1.5 and Cambrian-1: a square of the mean colour, then CLIP's processor, which only resizes."""
+    color = (122, 116, 104)
+    for picture in pictures():
+        width, height = picture.size
+        canvas = np.full((max(picture.size), max(picture.size), 3), color, np.uint8)
+        top, left = (len(canvas) - height) // 2, (len(canvas) - width) // 2
+        canvas[top : top + height, left : left + width] = picture
+        theirs = CLIPImageProcessorPil(**edge(336))(Image.fromarray(canvas), return_tensors="np")["pixel_values"][0]
+        ours = prepare(picture, EncoderInput(336, 24, color))
+        np.testing.assert_array_equal(ours, theirs.transpose(1, 2, 0))
+
+
+def pixels(file, encoder, fast_jpeg):
+    image = Image.open(file)
+    size = image.size
+    return prepare(decode(None, None, image, [needed(size, encoder)], fast_jpeg), encoder, size)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
+def test_fast_jpeg(fit):
+    """Pixels of a large JPEG differ by little (the bounds are twice what was measured), those of a small one not."""
+    encoder = EncoderInput(64, 4, (122, 116, 104), fit)
+    photo = Image.open(ROOT / "tests" / "photos" / "chelsea.jpg").convert("RGB")
+    for scale in (2, 5):  # the photo is 320 pixels wide
+        content = io.BytesIO()
+        photo.resize((320 * scale, 212 * scale), Image.Resampling.BICUBIC).save(content, "JPEG", quality=95)
+        exact, fast = (pixels(content, encoder, fast_jpeg).astype(int) for fast_jpeg in (False, True))
+        difference = np.abs(exact - fast)
+        assert 0 < difference.max() <= 56 and difference.mean() <= 4.4
+    small = io.BytesIO()
+    photo.resize((100, 70)).save(small, "JPEG")
+    np.testing.assert_array_equal(*(pixels(small, encoder, fast_jpeg) for fast_jpeg in (False, True)))
+
+
+def test_encoders_must_see_the_same_part():
+    encoders = {fit: EncoderInput(64, 4, (0, 0, 0), fit) for fit in ("pad", "crop")}
+    with pytest.raises(ValueError, match="all encoders of a model must have the same fit, not {'pad': 'pad', 'crop'"):
+        VisualLayout(encoders, TokenLayout(8, 4), 0)
+
+
+def test_only_padding_takes_tokens_away():
+    for fit, tokens in (("pad", 24), ("crop", 36), ("squash", 36)):
+        layout = VisualLayout({"a": EncoderInput(60, 6, (0, 0, 0), fit)}, TokenLayout(8, 6, unpad=True), 0)
+        assert len(image_places(0, (60, 40), layout)) == tokens
+
+
+def test_unknown_fit_is_refused():
+    with pytest.raises(ValueError, match="fit must be one of pad, crop, squash, not 'stretch'"):
+        EncoderInput(64, 4, (0, 0, 0), "stretch")
+    with pytest.raises(ValueError, match='edge 32 is for fit="crop" and must be 64'):
+        EncoderInput(64, 4, (0, 0, 0), "crop", 32)
