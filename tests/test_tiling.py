@@ -88,7 +88,7 @@ def test_samples_and_rows(tmp_path):
     with pytest.raises(ValueError, match="image_slots must be 5 or more for this tiling, not 4"):
         SampleSpec(tokenizer, TOY, spec.layout, 64, 4, **settings)
     for beside in (dict(per_cell=2), dict(extra=3)):
-        with pytest.raises(ValueError, match="tiling needs an aggregator that gives one token a cell and no other, not"):
+        with pytest.raises(ValueError, match="tiling needs an aggregator that gives one token a cell and no other"):
             SampleSpec(tokenizer, TOY, layout(2, True, **beside), 64, 5, **settings)
 
 
