@@ -67,7 +67,7 @@ AGGREGATORS: dict[str, nn.Module] = {
     "qformer": QFormer(LLM, tokens=3, width=8, depth=2, heads=2, mlp=16),
     "shuffle": PixelShuffle(LLM, 2),
     "abstractor": CAbstractor(LLM, 2, width=8, depth=1),
-    "sva": SVA(8, LLM, 4, depth=1, heads=2),
+    "sva": SVA(8, LLM, 2, depth=1, heads=2),
 }
 
 
@@ -78,16 +78,9 @@ def model(encoders: tuple[str, ...], fuser: str, aggregator: str) -> MLLM:
 
 
 def covering() -> dict[str, MLLM]:
-    """Every fuser and every aggregator in at least one model, with two encoders where that is possible."""
-    found = {}
-    for fuser, aggregator in [(f, "mlp") for f in FUSERS] + [("single", a) for a in AGGREGATORS]:
-        for encoders in (("clip", "dino"), ("clip",)):
-            try:
-                found[f"{fuser}+{aggregator}"] = model(encoders, fuser, aggregator)
-                break
-            except ValueError:
-                continue
-    return found
+    """Every fuser behind one encoder (those that are all Concat: once), every aggregator behind two if it can be."""
+    found = {f"{f}+mlp": model(("clip",), f, "mlp") for f in FUSERS if f not in ("external", "sci", "dci")}
+    return found | {f"single+{a}": model(("clip", "dino"), "single", a) for a in AGGREGATORS if a != "linear"}
 
 
 class Path(nn.Module):
