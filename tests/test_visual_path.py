@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -35,10 +34,10 @@ from jaxmllm.train.state import flatten, unflatten
 from tests import visual_zoo as zoo
 from tests.conftest import ROOT
 from tests.golden_case import shapes
-from tools import visual_table
 
-# A softmax does not feel what all its keys have in common, so their bias gets nothing (in SVA: with one encoder).
-SHIFT = re.compile(r"/k/bias$|/k_norm_\d+/bias$")
+# A softmax does not feel what all its keys have in common, so their bias gets nothing (in SVA: with one encoder); nor
+# are stored statistics trained.
+STILL = re.compile(r"/k/bias$|/k_norm_\d+/bias$|/mean$|/var$")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def check_pass(tokens: np.ndarray, grads: dict, model: MLLM) -> None:
     assert np.isfinite(tokens).all()
     for path, g in grads.items():
         assert np.isfinite(g).all(), path
-        assert SHIFT.search(path) or np.abs(g).max() > 1e-4, path
+        assert STILL.search(path) or np.abs(g).max() > 1e-4, path
 
 
 def test_every_part_runs_and_trains(covered):
@@ -100,7 +99,19 @@ def test_bfloat16_stays_bfloat16():
 # Which pairs are legal
 
 
-ENCODER_SETS = [*((name,) for name in zoo.ENCODERS), ("clip", "dino"), ("clip", "fine"), ("siglip", "wide")]
+ENCODER_SETS = [
+    *((name,) for name in zoo.ENCODERS),
+    ("clip", "dino"),
+    ("clip", "fine"),
+    ("siglip", "wide"),
+    ("dino", "swin"),
+]
+# With one map the averages and Concat are Single again.
+FUSED = [
+    (encoders, fuser)
+    for encoders, fuser in itertools.product(ENCODER_SETS, zoo.FUSERS)
+    if fuser in ("single", "fpn") or all(len(zoo.ENCODERS[name].maps) > 1 for name in encoders)
+]
 
 
 def all_pairs():
@@ -118,8 +129,9 @@ def test_legal_pairs():
     legal = [(encoders, fuser, aggregator) for encoders, fuser, aggregator, why in found if why is None]
     for encoders, fuser, aggregator, why in found:
         several, sti = len(encoders) > 1, fuser == "sti"
-        grids = {zoo.ENCODERS[name].input.grid for name in encoders}
-        widths = {zoo.ENCODERS[name].width for name in encoders}
+        maps = [zoo.ENCODERS[name].maps for name in encoders]
+        grids = {m[0].h for m in maps}
+        widths = {m[0].c * (len(m) if fuser == "concat" else 1) for m in maps}
         needs = {
             "linear": not sti or (not several and grids == {4}),
             "additive": several and not sti and len(grids) == len(widths) == 1,
@@ -130,7 +142,8 @@ def test_legal_pairs():
             "abstractor": not sti and len(grids) == 1,
             "sva": not sti,
         }
-        expected = needs["linear" if aggregator == "mlp" else aggregator]
+        fusable = fuser in zoo.ONE_MAP or all(len(m) > 1 for m in maps)
+        expected = fusable and needs["linear" if aggregator == "mlp" else aggregator]
         assert (why is None) == expected, (encoders, fuser, aggregator, why)
         assert why is None or ("\n" not in why and len(why) < 200)
     assert {pair[1] for pair in legal} == set(zoo.FUSERS) and {pair[2] for pair in legal} == set(zoo.AGGREGATORS)
@@ -149,8 +162,7 @@ class Everything(nn.Module):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fuser", zoo.FUSERS)
-@pytest.mark.parametrize("encoders", ENCODER_SETS, ids="+".join)
+@pytest.mark.parametrize("encoders, fuser", FUSED, ids=lambda x: x if isinstance(x, str) else "+".join(x))
 def test_every_legal_pair(encoders, fuser):
     """Pictures to tokens and back to every parameter, encoders included; one program for all aggregators of a fuser."""
     legal = [pair[2] for pair in all_pairs() if pair[:2] == (encoders, fuser) and pair[3] is None]
@@ -341,72 +353,3 @@ def test_places_of_tokens_in_the_row():
     kept = VisualLayout(encoders, TokenLayout(8, 4, newline=True, extra=3), 2)
     assert image_places(0, wide, kept) == list(range(4 * 5 + 3 + 2))
     assert image_places(0, wide, VisualLayout(encoders, TokenLayout(8, extra=5), 0)) == [0, 1, 2, 3, 4]
-
-
-# Sizes of the published models
-
-
-@pytest.mark.parametrize(
-    "name, parameters",
-    {
-        "Average": 0,
-        "WeightedAverage": 5,
-        "DCI": 0,
-        "MMFuser, deformable": 5_190_592,
-        "MMFuser, global": 8_404_992,
-        "MMFuser, linear": 8_404_992 + 2 * (1024 * 1024 + 3 * 1024),
-        "FPN": 5 * (1024 * 1024 + 1024) + 9 * 1024 * 1024 + 1024,
-    }.items(),
-)
-def test_parameters_of_fusers(name, parameters):
-    fuser, count = visual_table.FUSERS[name]
-    ours = shapes(fuser, visual_table.array(count, 1, 24, 24, 1024)) if parameters else {}
-    assert sum(map(math.prod, ours.values())) == parameters
-
-
-def test_parameters_of_mmfuser_by_levels():
-    """Table of the reference, run with other numbers of levels."""
-    for levels, parameters in ((1, 4_600_192), (2, 4_796_992), (12, 6_764_992), (24, 9_126_592)):
-        ours = shapes(MMFuser(), visual_table.array(levels + 1, 1, 24, 24, 1024))
-        assert sum(map(math.prod, ours.values())) == parameters
-
-
-def count_aggregator(aggregator, maps) -> int:
-    features = {k: FeatureMap(visual_table.array(1, *m[:3])) for k, m in maps.items()}
-    masks = {k: visual_table.array(1, m.h, m.w, dtype=jnp.bool_) for k, m in maps.items()}
-    return sum(map(math.prod, shapes(aggregator, features, masks).values()))
-
-
-@pytest.mark.parametrize(
-    "name, parameters",
-    {
-        "MLPProjector": 20_979_712,
-        "MLPProjector, after SCI or DCI": 29_368_320,
-        "MLPProjector, after Concat of 5": 37_756_928,
-        "AdditiveMoF": 20_979_712,
-        "InterleavedMoF": 2 * 20_979_712,
-        # transformers' modules of this size, their learned queries, and the linear layer to the language model
-        "Resampler": 88_184_832 + 1024 * 4096 + 4096,
-        "QFormer": 105_137_664 + 32 * 768 + 768 * 4096 + 4096,
-    }.items(),
-)
-def test_parameters_of_aggregators(name, parameters):
-    assert count_aggregator(*visual_table.AGGREGATORS[name]) == parameters
-
-
-@pytest.mark.parametrize(
-    "width, layers, parameters", [(4096, 10, 302_760_960), (5120, 10, 334_221_312), (7168, 9, 375_085_056)]
-)
-def test_parameters_of_cambrian(width, layers, parameters):
-    """All that Cambrian-1 8B, 13B and 34B add to language model and encoders."""
-    sva = SVA(1024, width, 24)
-    sides = [m.h for m in visual_table.CAMBRIAN.values()]
-    array = visual_table.array
-    memory = Memory(
-        tuple(array(1, side, side, 1024) for side in sides),
-        tuple(array(1, side, side, dtype=jnp.bool_) for side in sides),
-        array(1, 1024),
-    )
-    inside = shapes(SVALayer(1024), array(1, 24, 24, width), memory)
-    new = count_aggregator(sva, visual_table.CAMBRIAN) + layers * sum(map(math.prod, inside.values()))
-    assert new == parameters

@@ -20,6 +20,9 @@ from jaxmllm.aggregators.pixel_shuffle import PixelShuffle
 from jaxmllm.aggregators.qformer import QFormer
 from jaxmllm.aggregators.resampler import Resampler
 from jaxmllm.aggregators.sva import SVA
+from jaxmllm.encoders.convnext import ConvNeXt
+from jaxmllm.encoders.efficientnet import EfficientNet
+from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.fusers.average import Average, WeightedAverage
 from jaxmllm.fusers.concat import Concat
@@ -43,6 +46,10 @@ ENCODERS = {
     "dino": ViT(16, 4, WIDTH, 3, 2, 24, (1, 2, 3), class_token=True, registers=2, layer_scale=True, **LAYERS),
     "fine": ViT(16, 2, WIDTH, 3, 2, 24, (1, 2, 3), **LAYERS),  # twice the others' grid
     "wide": ViT(16, 4, 2 * WIDTH, 3, 2, 24, (1, 2, 3), **LAYERS),
+    # one map of the others' grid and width
+    "convnext": ConvNeXt(32, (8, 8), (1, 1), (1, 2), resize=4, **LAYERS),
+    "swin": Swin(32, 8, (2, 2), (2, 2), 2, (2,), **LAYERS),
+    "efficient": EfficientNet(16, (2,), ((1, 3, 1, 1, 8), (1, 5, 2, 2, WIDTH)), stem=8, **LAYERS),
 }
 FUSERS: dict[str, nn.Module] = {
     "single": Single(),
@@ -58,6 +65,7 @@ FUSERS: dict[str, nn.Module] = {
     "global": MMFuser(heads=2, attention="global"),
     "linear": MMFuser(heads=2, attention="linear", pooled=3),
 }
+ONE_MAP = ("single", "average", "weighted", "concat", "fpn")  # fusers that take one map
 AGGREGATORS: dict[str, nn.Module] = {
     "linear": MLPProjector(LLM, 4, depth=1),
     "mlp": MLPProjector(LLM, 4, newline=True),
@@ -94,10 +102,11 @@ class Path(nn.Module):
 
 
 def random_like(shapes: dict, seed: int) -> dict[str, jax.Array]:
-    """Random parameters, also where fresh ones are zero, sharded as fresh ones are."""
+    """Random parameters, also where fresh ones are zero, sharded as fresh ones are; variances are positive."""
     rng, found = np.random.default_rng(seed), {}
     for path, x in shapes.items():
         values = rng.normal(0, 2 * max(np.prod(x.shape[:-1]), 4) ** -0.5, x.shape).astype(np.float32)
+        values = np.abs(values) + 0.5 if path.endswith("/var") else values
         found[path] = jax.sharding.reshard(values, x.sharding.spec) if meshes.has_mesh() else jnp.asarray(values)
     return found
 
