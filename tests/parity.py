@@ -38,10 +38,11 @@ def reopened(model, tmp_path, table, params):
     return again
 
 
-def apply(module, params, x, **options):
+def apply(module, params, *args, **options):
     """The module's output in full float32."""
+    run = jax.jit(lambda params, *args: module.apply({"params": params}, *args, **options))
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda params, x: module.apply({"params": params}, x, **options))(unflatten(params), x)
+        return run(unflatten(params), *args)
 
 
 def close(ours, theirs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,17 +13,16 @@ from jaxmllm.aggregators.resampler import Resampler
 from jaxmllm.batch import FeatureMap
 from jaxmllm.nn.maps import adaptive_pool, resize
 from jaxmllm.nn.primitives import Conv
-from jaxmllm.train.state import unflatten
 from jaxmllm.weights import tables
 from jaxmllm.weights.convert import CONV, copy, export_weights, import_weights
 from tests.golden_case import shapes
+from tests.parity import apply, close, randomised
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
 F = torch.nn.functional
-TOLERANCE = 1e-5
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -33,23 +31,6 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 def channels_first(x: np.ndarray):
     return torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
-
-
-def close(ours, theirs):
-    np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=0, atol=TOLERANCE)
-
-
-def randomised(module):
-    """Every parameter random."""
-    generator = torch.Generator().manual_seed(0)
-    for p in module.parameters():
-        p.data = 0.3 * torch.randn(p.shape, generator=generator)
-    return module.eval()
-
-
-def apply(module, params, *args):
-    with jax.default_matmul_precision("highest"):
-        return module.apply({"params": unflatten(params)}, *args)
 
 
 def tokens(aggregator, params, cells, mask=None):

@@ -124,6 +124,15 @@ def all_pairs():
             yield encoders, fuser, aggregator, str(error)
 
 
+@pytest.mark.parametrize("name", zoo.ENCODERS)
+def test_encoders_give_the_maps_they_promise(name):
+    encoder = zoo.ENCODERS[name]
+    pictures = jax.ShapeDtypeStruct((2, encoder.size, encoder.size, 3), jnp.uint8)
+    found, _ = jax.eval_shape(lambda x: encoder.init_with_output(jax.random.key(0), x), pictures)
+    assert found.shape[1] == 2 and encoder.maps == (MapShape(*found.shape[2:]),) * len(found)
+    assert encoder.maps[0].h == encoder.input.grid
+
+
 def test_legal_pairs():
     found = list(all_pairs())
     legal = [(encoders, fuser, aggregator) for encoders, fuser, aggregator, why in found if why is None]
