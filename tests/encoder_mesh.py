@@ -21,7 +21,7 @@ MODULES = {
     "resampled": ViT(32, 8, 32, 2, 4, 48, taps=(1, 2), class_token=True, table=7, interpolation="bicubic_antialias"),
     "convnext": ConvNeXt(64, (8, 16, 16, 32), (1, 2, 2, 2), taps=(1, 2, 3, 4), resize=6),
     "swin": Swin(56, 16, (2, 2), (2, 4), 4, taps=(1, 2), resize=6),
-    "efficientnet": EfficientNet(64, (11, 17), resize=4),
+    "efficientnet": EfficientNet(32, (3, 4), ((1, 3, 1, 1, 8), (2, 5, 2, 6, 8)), stem=8, head=16, resize=4),
 }
 
 
