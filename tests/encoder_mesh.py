@@ -12,11 +12,9 @@ from jaxmllm.encoders.convnext import ConvNeXt
 from jaxmllm.encoders.efficientnet import EfficientNet
 from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
-from jaxmllm.nn.primitives import Conv
 
 ROTARY = dict(class_token=True, registers=2, rope_theta=100.0, key_bias=False, layer_scale=True)
 MODULES = {
-    "conv": Conv(3, 7, depthwise=True),
     "dinov3": ViT(32, 8, 32, 2, 4, 48, taps=(0, 2), resize=6, **ROTARY),
     "resampled": ViT(32, 8, 32, 2, 4, 48, taps=(1, 2), class_token=True, table=7, interpolation="bicubic_antialias"),
     "convnext": ConvNeXt(64, (8, 16, 16, 32), (1, 2, 2, 2), taps=(1, 2, 3, 4), resize=6),
@@ -27,9 +25,7 @@ MODULES = {
 
 def main(name: str) -> None:
     module = MODULES[name]
-    side = getattr(module, "size", 16)
-    images = np.random.default_rng(0).integers(0, 256, (4, side, side, 3), np.uint8)
-    images = images / np.float32(255) if name == "conv" else images
+    images = np.random.default_rng(0).integers(0, 256, (4, module.size, module.size, 3), np.uint8)
 
     def loss(params, x):
         y = module.apply({"params": params}, x).astype(jnp.float32)

@@ -13,20 +13,12 @@ from tests.conftest import ROOT
 from tests.encoder_mesh import MODULES
 
 
-def check(name: str) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODULES)
+def test_encoder(name):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-m", "tests.encoder_mesh", name]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["output"] <= 1e-5 and found["gradient"][0] <= 1e-4, found
-
-
-def test_depthwise_convolution():
-    check("conv")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "conv"])
-def test_encoder(name):
-    check(name)
