@@ -26,11 +26,12 @@ class MLLM(nn.Module):
 
     encoders, fusers: by encoder name, the same names in the same order. The aggregator gives L rows of L (+ newline)
     tokens an image. distill: teacher name -> EmbedDistill; their task tokens follow every image in this order.
+    Without encoders there is no aggregator either, and the model is a plain language model.
     """
 
     encoders: dict[str, nn.Module]
     fusers: dict[str, nn.Module]
-    aggregator: nn.Module
+    aggregator: nn.Module | None
     llm: nn.Module
     distill: dict[str, nn.Module]
     vocab_chunk: int = 512  # positions of a row turned into logits at a time
@@ -39,10 +40,14 @@ class MLLM(nn.Module):
         super().__post_init__()
         if list(self.encoders) != list(self.fusers):
             raise ValueError(f"encoders {list(self.encoders)} and fusers {list(self.fusers)} must have the same names")
+        if (self.aggregator is None) != (not self.encoders) or (self.distill and not self.encoders):
+            raise ValueError("encoders need an aggregator; without encoders there is neither aggregator nor distill")
 
     @property
     def layout(self) -> VisualLayout:
         """What the data pipeline must know of the visual path."""
+        if not self.encoders:
+            return VisualLayout({}, 0, False, 0)
         inputs = {name: encoder.input for name, encoder in self.encoders.items()}
         tasks = sum(teacher.tokens for teacher in self.distill.values())
         return VisualLayout(inputs, self.aggregator.grid, self.aggregator.newline, tasks)
@@ -77,10 +82,14 @@ class MLLM(nn.Module):
 
     def hidden(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
         """-> (states after the final norm [B, S, H], {layer: states}, cache)."""
-        block, visual = self.visual(batch)
+        visual = None
+        if self.encoders:
+            block, visual = self.visual(batch)
         with jax.named_scope("llm"):
-            x = place_visual(self.llm.embed(batch.tokens), block, batch.visual_index)
-            visual = visual if visual.memory is not None else None
+            x = self.llm.embed(batch.tokens)
+            if visual is not None:
+                x = place_visual(x, block, batch.visual_index)
+                visual = visual if visual.memory is not None else None
             return self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
 
     def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, Term]]:

@@ -115,8 +115,9 @@ class DeformableAttention(nn.Module):
             at = where[..., level, :, :] * sizes[level] - 0.5  # pixel coordinates
             hat_x = hat(at[..., 0], v.shape[2])
             hat_y = hat(at[..., 1], v.shape[1]) * weights[..., level, :, None]
-            pick = jnp.einsum("nqmpi,nqmpj->nmqij", hat_y, hat_x)
-            out = out + jnp.einsum("nmqij,nijmd->nqmd", pick, v)
+            with jax.named_scope("gather"):  # these matmuls stand for a gather: no FLOPs that the model needs
+                pick = jnp.einsum("nqmpi,nqmpj->nmqij", hat_y, hat_x)
+                out = out + jnp.einsum("nmqij,nijmd->nqmd", pick, v)
         proj = Linear((c,), ("heads", None), ("embed",), kernel_init=xavier, name="output_proj")
         return proj(out.astype(query.dtype)), where, weights
 

@@ -1,0 +1,126 @@
+"""Cycles of one instruction: the compiler's estimate where it made one, a stated model where it made none.
+
+The estimate covers fusions, copies, broadcasts, reductions. It leaves out gathers, scatters, sorts, kernels written
+by hand, in-place updates and collectives (traffic.py); a sum of estimates would flatter a program that uses them.
+MODELS says how each is priced; every use is listed in the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from jaxmllm.plan.chips import Chip
+from jaxmllm.plan.hlo import Instruction, Module
+
+ROW_CYCLES = 64  # issue of one row's transfer; assumed, since no TPU figure is published
+KERNEL_EFFICIENCY = 0.45  # share of peak of a hand-written attention kernel; assumed
+
+MODELS = {
+    "gather": f"rows x max({ROW_CYCLES} cycles, row bytes at HBM rate); twice for a scatter, which reads and writes",
+    "sort": "bytes at HBM rate x log2(n) (log2(n) + 1) / 2 passes",
+    "kernel": f"max(FLOPs at {KERNEL_EFFICIENCY:.0%} of peak, bytes at HBM rate) of the kernel's own cost estimate",
+    "kernel without estimate": "operands and results at HBM rate; its FLOPs count as nothing",
+    "in-place update": "twice the updated bytes at HBM rate",
+    "asynchronous copy": "nothing: it runs beside other work",
+    "host copy": "bytes at the rate of the host link, nothing beside it",
+    "elementwise": "operands and results at HBM rate",
+}
+
+# Instructions that do nothing at run time, and custom calls that are only notes to the compiler.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all",
+    "opt-barrier", "domain", "add-dependency", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding",
+}  # fmt: skip
+COLLECTIVES = {
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+    "ragged-all-to-all",
+}  # fmt: skip
+SMALL = 4096  # bytes of a result; scalar bookkeeping below this is free
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """cycles of one run; kind of work; model: key of MODELS if the compiler gave no estimate."""
+
+    cycles: float
+    kind: str
+    model: str | None = None
+
+
+def base(opcode: str) -> str:
+    """ "all-gather-start" -> "all-gather"."""
+    return re.sub(r"-(start|done|update)$", "", opcode)
+
+
+def price(each: Instruction, module: Module, chip: Chip) -> Price:
+    """What one run of an instruction costs the compute units of one chip. Collectives cost them nothing."""
+    if base(each.opcode) in COLLECTIVES | {"send", "recv", "async"}:
+        return Price(0, "collective")
+    inner = module.inside(each)
+    kind = kind_of(each, inner)
+    if each.cycles is not None:
+        return Price(each.cycles, kind)
+    target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
+    if each.opcode in FREE or (target and target[1] in FREE):
+        return Price(0, "free")
+    moved = (each.bytes + sum(array.bytes for arrays in each.inputs for array in arrays)) / chip.hbm_per_cycle
+    if each.opcode in ("copy-start", "copy-done", "slice-start", "slice-done"):
+        arrays = [array for arrays in (each.arrays, *each.inputs) for array in arrays]
+        if each.opcode.endswith("start") and len({array.host for array in arrays}) == 2:
+            return Price(each.arrays[0].bytes / chip.host_rate * chip.clock, "host copy", "host copy")
+        return Price(0, "copy", "asynchronous copy" if each.opcode.endswith("start") else None)
+    if target:
+        return kernel(each, moved, chip)
+    for part in inner or [each]:
+        if part.opcode in ("gather", "scatter"):
+            return Price(row_cycles(part, chip), "gather", "gather")
+        if part.opcode == "sort":
+            log = math.log2(max(2, *(max(array.dims, default=1) for array in part.arrays)))
+            return Price(2 * part.bytes / chip.hbm_per_cycle * log * (log + 1) / 2, "sort", "sort")
+    if each.bytes < SMALL:
+        return Price(0, "free")
+    if each.opcode == "dynamic-update-slice":
+        return Price(2 * sum(a.bytes for a in each.inputs[1]) / chip.hbm_per_cycle, "slice", "in-place update")
+    return Price(moved, kind, "elementwise")
+
+
+def kind_of(each: Instruction, inner: list[Instruction]) -> str:
+    """matmul, gather, reduce, copy, slice or fusion (anything else), by what the instruction contains."""
+    opcodes = {each.opcode, *(part.opcode for part in inner)} - {"parameter", "bitcast", "fusion", "constant"}
+    for kind, names in (
+        ("matmul", {"convolution", "dot"}),
+        ("gather", {"gather", "scatter"}),
+        ("sort", {"sort"}),
+        ("reduce", {"reduce", "reduce-window"}),
+    ):
+        if opcodes & names:
+            return kind
+    for kind, names in (
+        ("copy", {"copy", "transpose", "reshape"}),
+        ("slice", {"dynamic-slice", "dynamic-update-slice", "slice", "concatenate", "pad", "broadcast", "copy"}),
+    ):
+        if opcodes <= names:
+            return kind
+    return "fusion"
+
+
+def row_cycles(part: Instruction, chip: Chip) -> float:
+    """Cycles of a gather or scatter by the rows it moves: a row is what one index picks."""
+    moved = part.arrays[0] if part.opcode == "gather" else part.inputs[-1][0]
+    key = "offset_dims" if part.opcode == "gather" else "update_window_dims"
+    found = re.search(rf"\b{key}=\{{([\d,]*)\}}", part.attributes)
+    row = math.prod(moved.dims[int(d)] for d in found[1].split(",") if d)
+    row_bytes = row * moved.bytes / max(1, math.prod(moved.dims))
+    rows = math.prod(moved.dims) / max(1, row)
+    return (1 + (part.opcode == "scatter")) * rows * max(ROW_CYCLES, row_bytes / chip.hbm_per_cycle)
+
+
+def kernel(each: Instruction, moved: float, chip: Chip) -> Price:
+    """Cycles of a Pallas kernel or another custom call."""
+    cost = each.config.get("custom_call_config", {}).get("cost_estimate")
+    if not cost:
+        return Price(moved, "kernel", "kernel without estimate")
+    compute = float(cost.get("flops", 0)) / (KERNEL_EFFICIENCY * chip.flops_per_cycle)
+    return Price(max(compute, float(cost.get("bytes_accessed", 0)) / chip.hbm_per_cycle), "kernel", "kernel")
