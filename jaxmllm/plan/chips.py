@@ -1,9 +1,10 @@
-"""What TPU chips can do. A chip is what holds one HBM; where a JAX device is half a chip, the figures are of half a chip.
+"""What TPU chips can do. Figures are of one JAX device: a chip, except on tpu7x, where a device is half of one.
 
 Sources: peak and HBM from Google's Cloud TPU system architecture pages (v4, v5e, v5p, v6e, tpu7x); clock = peak / bf16
 operations per cycle of the matrix units (v4, v5p: 2 cores x 4 units of 128 x 128; v5e: 4 of those; v6e: 2 of 256 x 256
 per core, which is 524,288 a cycle); link rates from "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter
-2), tpu7x from its page's 1,200 GB/s a chip. `hbm_usable` is what the compiler itself says it may use.
+2), tpu7x from its page's 1,200 GB/s a chip. `hbm_usable` is what the
+compiler says it may use (in the message of a program that does not fit, libtpu 0.0.42).
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
 }
-_MEMORY = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+# Two forms of the compiler's message: used and available, or temporaries alone and available.
+_USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +105,20 @@ def compile_stage(run: Run, stage: Stage, topology: Topology) -> Program:
                 + stats.generated_code_size_in_bytes
             )
         except jax.errors.JaxRuntimeError as error:
-            if not (found := _MEMORY.search(str(error))):
-                raise
-            units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB}
-            total, limit = (int(float(found[i]) * units[found[i + 1]]) for i in (1, 3))
+            total, limit = memory_error(str(error), sum(parts.values()))
             text = ""
     memory = Memory(total, limit, **parts, scratch=max(0, total - sum(parts.values())))
     return Program(text, memory, mesh.devices, time.perf_counter() - start)
+
+
+def memory_error(message: str, arguments: int) -> tuple[int, int]:
+    """(bytes used, bytes there are) from the compiler's message. Raises RuntimeError if it is about something else."""
+    used, temporaries = _USED.search(message), _TEMPORARIES.search(message)
+    if not (found := used or temporaries):
+        raise RuntimeError(f"the TPU compiler failed: {message[:500]}")
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB}
+    amount, limit = (int(float(found[i]) * units[found[i + 1]]) for i in (1, 3))
+    return amount + (0 if used else arguments), limit
 
 
 def shard_bytes(tree) -> int:

@@ -21,6 +21,7 @@ ITEM_BYTES = {
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HOST = "S(5)"  # memory space of the host in a layout
 
@@ -92,7 +93,7 @@ class Module:
 
     def inside(self, instruction: Instruction) -> list[Instruction]:
         """What a fusion (or a wrapped asynchronous operation) consists of, nested ones included."""
-        name = instruction.called("calls")
+        name = instruction.called("to_apply" if instruction.opcode == "call-start" else "calls")
         parts = list(self.computations[name].values()) if name else []
         return [inner for part in parts for inner in (part, *self.inside(part))]
 
@@ -174,7 +175,7 @@ def parse(text: str) -> Module:
     """Text of a module -> Module. Raises ValueError for a line it cannot read."""
     computations, entry, current = {}, None, None
     for line in whole_lines(re.sub(r"/\*.*?\*/", "", text)):
-        if line == "}":
+        if _END.match(line):
             current = None
         elif current is not None:
             each = parse_line(line, current)
@@ -191,7 +192,7 @@ def whole_lines(text: str) -> Iterator[str]:
     """Lines of a module; an instruction whose attributes hold line breaks (kernel metadata) is one line."""
     held = ""
     for line in text.splitlines():
-        if held and line != "}" and not _LINE.match(line):
+        if held and not _END.match(line) and not _LINE.match(line):
             held += line
             continue
         if held:

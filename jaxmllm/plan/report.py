@@ -14,7 +14,7 @@ from jaxmllm.plan.compile import Program, compile_stage
 from jaxmllm.plan.flops import model_flops
 from jaxmllm.plan.hlo import parse
 from jaxmllm.plan.price import MODELS
-from jaxmllm.plan.timeline import Timeline, phase, stage
+from jaxmllm.plan.timeline import Timeline, phase, saved_bytes, stage
 from jaxmllm.plan.traffic import Network
 
 
@@ -55,6 +55,9 @@ def plan_stage(run: Run, each: Stage, topology: Topology, say: Callable[[str], N
     program = compile_stage(run, each, topology)
     flops = model_flops(run, each)
     memory = dataclasses.asdict(program.memory)
+    if program.text:
+        activations = min(saved_bytes(parse(program.text)), memory["scratch"])
+        memory |= {"activations": activations, "temporaries": memory.pop("scratch") - activations}
     result = {
         "stage": each.name,
         "fits": program.fits,
@@ -103,7 +106,7 @@ def time_program(run: Run, each: Stage, topology: Topology, program: Program, fl
             for (model, where), cycles in unpriced.most_common()
         ],
         "collective_bytes": total(moved, lambda c: c.transfer.axes, lambda c: c.times * c.transfer.bytes),
-        "collective_seconds": sum(c.times * (c.transfer.ici + c.transfer.dcn) for c in moved),
+        "collective_seconds": sum(c.times * c.transfer.seconds for c in moved),
         "exposed_collective_seconds": sum(c.exposed for c in charges),
         "predicted_step_seconds": line.seconds,
         "predicted_mfu": flops / (line.seconds * chip.flops * chip.per_chip * topology.chips),
@@ -174,9 +177,8 @@ def show_stage(found: dict[str, Any]) -> list[str]:
         )
     if found["cycles"] is None:
         return lines
-    lines.append(
-        f"  cycles                            {found['cycles']:.3e}, of them the compiler's {found['cycles_estimated']:.3e}"
-    )
+    cycles, own = found["cycles"], found["cycles_estimated"]
+    lines.append(f"  cycles                            {cycles:.3e}, of them {own:.3e} estimated by the compiler")
     for group in ("stage", "phase", "kind"):
         parts = found[f"cycles_by_{group}"].items()
         lines.append(f"    by {group:<8}" + ", ".join(f"{k} {v / found['cycles']:.1%}" for k, v in parts if v > 0))

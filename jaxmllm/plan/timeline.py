@@ -1,20 +1,29 @@
 """Runs a scheduled program on paper: compute cycles in order, collectives beside them where they are asynchronous.
 
-A `-start` hands its transfer to the network, which works on one at a time; the `-done` waits for what is left of it,
-and that wait is exposed. A synchronous collective is exposed whole. Inside a fusion that holds a collective, only what
-takes longer than the fusion's own cycles is exposed.
+A `start` hands its transfer to the network, which works on one at a time; the `done` waits for what is left of it, and
+that wait is exposed. A synchronous collective is exposed whole. A transfer that goes on in steps inside fusions ("async
+collective fusion") advances only while those fusions run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
 
 from jaxmllm.plan.chips import Chip
-from jaxmllm.plan.hlo import Instruction, Module
+from jaxmllm.plan.hlo import Module
 from jaxmllm.plan.price import price
-from jaxmllm.plan.traffic import Network, Transfer, collective_of
+from jaxmllm.plan.traffic import Network, Transfer, part_of
+
+WINDOWED = "windowed_dot_general"  # in the names of loops that gather and multiply by parts
+
+
+@dataclasses.dataclass
+class Open:
+    """A transfer under way: when it ends, and, if it advances inside fusions only, the seconds that are left."""
+
+    end: float
+    left: float | None
 
 
 @dataclasses.dataclass
@@ -22,15 +31,14 @@ class Charge:
     """What all runs of one instruction cost."""
 
     name: str
-    opcode: str
-    path: str  # scopes
+    path: str  # op_name
     kind: str
     times: float
     cycles: float  # of all runs
     bytes: float  # of the results of all runs
     model: str | None
     transfer: Transfer | None
-    exposed: float = 0.0  # seconds
+    exposed: float  # seconds, of all runs
 
 
 class Timeline:
@@ -43,7 +51,7 @@ class Timeline:
 
     def walk(self, name: str, times: float, scope: str) -> float:
         """Adds the charges of a computation that runs `times` times; seconds of one run."""
-        now, free, ends = 0.0, defaultdict(float), {}
+        now, free, open_ = 0.0, dict.fromkeys(("ici", "dcn"), 0.0), {}
         computation = self.module.computations[name]
         for each in computation.values():
             path = self.module.path(each, computation) or scope
@@ -51,36 +59,27 @@ class Timeline:
                 now += runs * self.walk(body, times * runs, path)
             if each.opcode in ("while", "call", "conditional"):
                 continue
-            cost = price(each, self.module, self.chip)
+            cost = price(each, self.module, self.chip, WINDOWED in name)
             busy, wait, transfer = cost.cycles / self.chip.clock, 0.0, None
-            found = collective_of(each, self.module.inside(each))
-            if found:
-                transfer = self.network.transfer(*found)
-                begin = max([now, *(free[net] for net in ("ici", "dcn") if getattr(transfer, net))])
-                end = begin + transfer.ici + transfer.dcn
-                free.update({net: end for net in ("ici", "dcn") if getattr(transfer, net)})
-                if each.opcode.endswith("-start"):
-                    ends[each.name] = end
+            part = part_of(each, self.module.inside(each))
+            if part and part.role in ("whole", "start"):
+                transfer = self.network.transfer(part.opcode, part.carrier)
+                networks = [net for net in free if getattr(transfer, net)]
+                end = max([now, *(free[net] for net in networks)]) + transfer.seconds
+                free.update(dict.fromkeys(networks, end))
+                wait = end - now if part.role == "whole" else 0.0
+                open_[part.key] = Open(end, transfer.seconds if each.opcode == "fusion" else None)
+            elif part and part.key in open_:
+                under_way = open_[part.key]
+                if part.role == "step":
+                    under_way.left = max(0.0, under_way.left - busy)
                 else:
-                    wait = max(0.0, end - now - busy)
-            elif each.opcode.endswith("-done") and each.operands[0] in ends:
-                wait = max(0.0, ends[each.operands[0]] - now)
+                    wait = max(0.0, under_way.end - now) if under_way.left is None else under_way.left
             now += busy + wait
             if cost.kind != "free":
-                self.charges.append(
-                    Charge(
-                        each.name,
-                        each.opcode,
-                        path,
-                        cost.kind,
-                        times,
-                        times * cost.cycles,
-                        times * each.bytes,
-                        cost.model,
-                        transfer,
-                        times * wait,
-                    )  # fmt: skip
-                )
+                cycles, size = times * cost.cycles, times * each.bytes
+                charge = Charge(each.name, path, cost.kind, times, cycles, size, cost.model, transfer, times * wait)
+                self.charges.append(charge)
         return now
 
 
@@ -91,7 +90,7 @@ _WRAPPER = re.compile(
 
 
 def scopes(path: str) -> list[str]:
-    """Named scopes of an op_name ("jit(step)/jvp(MLLM)/llm/while/body/attn/add" -> llm, attn), the primitive left out."""
+    """Named scopes of an op_name, without the primitive: "jit(step)/jvp(MLLM)/llm/while/body/attn/add" -> llm, attn."""
     parts = path.split("/") if path.startswith("jit(") else [""]
     parts = parts if _WRAPPER.match(parts[-1]) else parts[:-1]
     return [part for part in parts if not _WRAPPER.match(part)]
@@ -113,3 +112,30 @@ def phase(path: str) -> str:
     if "rematted_computation" in path:
         return "recompute"
     return "backward" if "transpose(" in path else "forward"
+
+
+def saved_bytes(module: Module) -> int:
+    """Bytes that the forward pass leaves for the backward pass: results of forward instructions of the entry
+    computation that backward ones read, the stacked buffers of scanned layers among them."""
+    entry, saved = module.computations[module.entry], {}
+
+    def source(name: str, index: int | None) -> tuple[str, int | None]:
+        each = entry[name]
+        if each.opcode == "get-tuple-element":
+            return source(each.operands[0], int(each.called("index")))
+        if each.opcode == "tuple" and index is not None:
+            return source(each.operands[index], None)
+        return (source(each.operands[0], index)) if each.opcode in ("bitcast", "copy") else (name, index)
+
+    def forward(each) -> bool:
+        return "jvp(" in each.op_name and phase(each.op_name) == "forward" and each.opcode != "parameter"
+
+    for each in entry.values():
+        if phase(each.op_name) != "forward" or "optimizer" in each.op_name:
+            for name in each.operands:
+                packed = entry[name].operands if entry[name].opcode == "tuple" else [name]
+                for origin, index in (source(part, None) for part in packed):
+                    if forward(entry[origin]):
+                        arrays = entry[origin].arrays
+                        saved[origin, index] = arrays[index].bytes if index is not None else entry[origin].bytes
+    return sum(saved.values())

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmllm.plan.chips import Topology
 from jaxmllm.plan.hlo import Instruction
-from jaxmllm.plan.price import base
+from jaxmllm.plan.price import COLLECTIVES, base
 
 HOP_SECONDS = 1e-6
 # Shares of B (n-1)/n that pass through a chip's links.
@@ -32,6 +32,10 @@ class Transfer:
     bytes: float
     ici: float
     dcn: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ici + self.dcn
 
 
 class Network:
@@ -126,13 +130,28 @@ def iota(dims: str, order: str | None) -> np.ndarray:
     return ids.transpose([int(d) for d in order.split(",")]) if order else ids
 
 
-def collective_of(each: Instruction, inner: list[Instruction]) -> tuple[str, Instruction] | None:
-    """(opcode without -start, the instruction that carries the groups) if this starts or is a collective."""
-    from jaxmllm.plan.price import COLLECTIVES
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The role of an instruction in a collective. role: "whole" (synchronous), "start", "step" (a fusion that works on
+    a transfer under way beside its own computation) or "done"; key: what joins the roles of one collective."""
 
+    role: str
+    key: str
+    opcode: str
+    carrier: Instruction  # has the groups and the result
+
+
+def part_of(each: Instruction, inner: list[Instruction]) -> Part | None:
+    """The role of an instruction, None if it has nothing to do with collectives."""
     if each.opcode.endswith(("-done", "-update")):
+        return Part("done", each.operands[0], "", each) if each.opcode.endswith("-done") else None
+    carrier = next((part for part in (each, *inner) if base(part.opcode) in COLLECTIVES), None)
+    if carrier is None:
         return None
-    for part in (each, *inner):
-        if base(part.opcode) in COLLECTIVES and not part.opcode.endswith("-done"):
-            return base(part.opcode), part
-    return None
+    opcode = base(carrier.opcode)
+    if each.opcode == "fusion":
+        calls = " ".join(part.attributes for part in inner if part.opcode == "custom-call")
+        role = "start" if "AsyncCollectiveStart" in calls else "done" if "AsyncCollectiveDone" in calls else "step"
+        channel = re.search(r"channel_id=(\d+)", carrier.attributes)
+        return Part(role, f"channel {channel[1]}" if channel else each.name, opcode, carrier)
+    return Part("start" if each.opcode.endswith("-start") else "whole", each.name, opcode, carrier)
