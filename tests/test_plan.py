@@ -146,6 +146,28 @@ ENTRY %main (p: bf16[8]) -> bf16[8] {
         assert line.seconds == pytest.approx(seconds * max(1, share), rel=1e-3)
 
 
+def test_splash_attention_is_priced_by_its_shapes():
+    lines = [
+        f"  %{name} = {shape}{{3,2,1,0}} parameter({i})"
+        for i, (name, shape) in enumerate(
+            [("m", "s8[1,4,2]"), ("q", "bf16[4,32,2048,128]"), ("k", "bf16[4,32,1024,128]")]
+        )
+    ]
+    # Attributes of a kernel hold line breaks.
+    call = (
+        "  ROOT %splash_mha_dkv.1 = bf16[4,32,2048,128]{3,2,1,0} custom-call(%m, %q, %k), "
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        '\\"use_fused_bwd_kernel\\": true}\n'
+        '}}, metadata={op_name="jit(f)/SCOPE/pallas_call"}'
+    )
+    for scope, share in (("full", 1), ("causal", 0.5)):
+        body = "\n".join(["ENTRY %e (m: s8[1,4,2]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
+        (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
+        flops = 5 * 2 * 4 * 32 * 2048 * 1024 * 128 * share
+        assert charge.model == "splash attention"
+        assert charge.cycles == pytest.approx(flops / V5P.flops_per_cycle / 0.45)
+
+
 def test_programs_that_cannot_be_read_say_so():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("module {}")

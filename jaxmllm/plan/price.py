@@ -16,13 +16,14 @@ from jaxmllm.plan.hlo import Instruction, Module
 
 ROW_CYCLES = 64  # issue of one row's transfer; assumed, since no TPU figure is published
 WINDOW_EFFICIENCY = 0.95  # share of peak of a large matmul on its own, as the compiler estimates it
-KERNEL_EFFICIENCY = 0.45  # share of peak of a hand-written attention kernel; assumed
+KERNEL_EFFICIENCY = 0.45  # share of peak of a hand-written attention kernel; assumed, see docs/performance.md
 
 MODELS = {
     "gather": f"rows x max({ROW_CYCLES} cycles, row bytes at HBM rate); twice for a scatter, which reads and writes",
     "sort": "bytes at HBM rate x log2(n) (log2(n) + 1) / 2 passes",
     "windowed matmul": f"max(FLOPs at {WINDOW_EFFICIENCY:.0%} of peak, operands and results at HBM rate)",
     "kernel": f"max(FLOPs at {KERNEL_EFFICIENCY:.0%} of peak, bytes at HBM rate) of the kernel's own cost estimate",
+    "splash attention": f"FLOPs of its shapes (half if causal) at {KERNEL_EFFICIENCY:.0%} of peak",
     "kernel without estimate": "operands and results at HBM rate; its FLOPs count as nothing",
     "in-place update": "twice the updated bytes at HBM rate",
     "asynchronous copy": "nothing: it runs beside other work",
@@ -139,7 +140,24 @@ def row_cycles(part: Instruction, chip: Chip) -> float:
 def kernel(each: Instruction, moved: float, chip: Chip) -> Price:
     """Cycles of a Pallas kernel or another custom call."""
     cost = each.config.get("custom_call_config", {}).get("cost_estimate")
-    if not cost:
-        return Price(moved, "kernel", "kernel without estimate")
-    compute = float(cost.get("flops", 0)) / (KERNEL_EFFICIENCY * chip.flops_per_cycle)
-    return Price(max(compute, float(cost.get("bytes_accessed", 0)) / chip.hbm_per_cycle), "kernel", "kernel")
+    if cost:
+        compute = float(cost.get("flops", 0)) / (KERNEL_EFFICIENCY * chip.flops_per_cycle)
+        return Price(max(compute, float(cost.get("bytes_accessed", 0)) / chip.hbm_per_cycle), "kernel", "kernel")
+    if flops := splash_flops(each):
+        return Price(max(flops / (KERNEL_EFFICIENCY * chip.flops_per_cycle), moved), "kernel", "splash attention")
+    return Price(moved, "kernel", "kernel without estimate")
+
+
+def splash_flops(each: Instruction) -> float:
+    """FLOPs of JAX's splash attention kernels, which carry no estimate: products of [S, T] by D for every head.
+
+    Forward q k and p v; backward for k and v q k, dO v, and their two gradients, and the one of q where it is fused;
+    for q alone three. Half of that in a scope "causal". Operands: q [..., S, D], k [..., T, D].
+    """
+    name = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", each.name)
+    if not name:
+        return 0.0
+    fused = re.search(r"use_fused_bwd_kernel\W+true", each.attributes)
+    products = {"fwd": 2, "dkv": 5 if fused else 4, "dq": 3}[name[1]]
+    query, key = [arrays[0] for arrays in each.inputs if arrays and arrays[0].dtype in ("bf16", "f32")][:2]
+    return products * 2.0 * math.prod(query.dims) * key.dims[-2] * (0.5 if "/causal/" in each.op_name else 1.0)
