@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA
@@ -72,6 +74,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", metavar="FILE", help="write all figures")
     sub.add_argument("--compare", metavar="OTHER", help="another config, or the JSON of a plan, to print beside it")
 
+    sub = command("bench", bench, "time real steps of a config on the devices there are")
+    sub.add_argument("config", metavar="FILE.py[:variant]")
+    sub.add_argument("--stage", help="default: the last")
+    sub.add_argument("--steps", type=int, default=20)
+    sub.add_argument("--real", action="store_true", help="read the config's data; else one random batch")
+    sub.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config"
+    )
+    sub.add_argument("--json", metavar="FILE", help="write all figures")
+
     data = command("data", None, "make, check and convert data sets").add_subparsers(required=True, metavar="COMMAND")
     sub = command("make-scenes", make_scenes, "write the composed-sprite data set", data)
     sub.add_argument("out")
@@ -134,6 +146,33 @@ def plan(args: argparse.Namespace) -> int:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(report.compare(other, result) if other else report.show(result))
     return 0 if all(stage["fits"] for stage in result["stages"].values()) else 1
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Prints how fast real steps are."""
+    from jaxmllm import bench as benching
+    from jaxmllm import config as configs
+    from jaxmllm.data.build import make_loader
+
+    run = configs.override(configs.load(args.config), args.set)
+    stages = {stage.name: stage for stage in run.stages}
+    if args.stage and args.stage not in stages:
+        raise configs.ConfigError(f"--stage {args.stage}: {run.name} has the stages {', '.join(stages)}")
+    stage = stages[args.stage or run.stages[-1].name]
+    with contextlib.ExitStack() as stack:
+        batches = None
+        if args.real:
+            loader = make_loader(run, stage, stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.callback(loader.close)
+            batches = (rows for rows, _ in loader)
+        found = benching.bench(run, stage, args.steps, batches)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    for name, value in found.items():
+        parts = value.items() if isinstance(value, dict) else ()
+        print(f"{name:<32}" + (f"{value:,.6g}" if isinstance(value, float) else "" if parts else str(value)))
+        for part, share in parts:
+            print(f"  {part:<30}{share:,.4g}")
 
 
 def use_compile_cache(workdir: str) -> None:

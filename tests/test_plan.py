@@ -273,6 +273,24 @@ def test_memory_messages():
         compiling.memory_error("something else", 0)
 
 
+@pytest.mark.parametrize("rows_that_fit, words", [(4, "accumulate=4"), (1, "mesh.tensor=2"), (0, None)])
+def test_nearest_setting_that_fits(monkeypatch, rows_that_fit, words):
+    """Fits if a chip has at most so many rows of a micro-batch; 16 a chip to begin with, and one is the least."""
+    run = configs.override(configs.load("configs/llama3_8b.py"), ["stages.text.rows=1024"])
+    place = topology("v5p:4x4x4")
+    memory = {"limit": 90, "trainable": 10, "frozen": 0, "optimizer": 20, "batch": 0}
+
+    def compiled(run, each, place):
+        rows = each.rows / each.accumulate / 64
+        fits = rows <= rows_that_fit if rows_that_fit != 1 else run.mesh.tensor == 2
+        total = 50 if fits else 200
+        return compiling.Program("", compiling.Memory(total, **memory, scratch=total - 30), None, 0.0)
+
+    monkeypatch.setattr(report, "compile_stage", compiled)
+    found = report.nearest(run, run.stages[0], place, compiled(run, run.stages[0], place), lambda text: None)
+    assert (words in found) if words else found is None
+
+
 LARGE = ("llama3_8b", "cambrian_8b")
 PODS = [
     pytest.param(path, sizes, id=f"{path.stem}-{'x'.join(map(str, sizes.values()))}")

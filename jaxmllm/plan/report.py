@@ -168,7 +168,7 @@ def show_stage(found: dict[str, Any]) -> list[str]:
     """Lines of one stage."""
     used, limit = found["hbm_bytes"] / GIB, found["hbm_limit_bytes"] / GIB
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    lines = [f"  memory                            {verdict}: {used:.1f} of {limit:.1f} GiB a chip"]
+    lines = [f"  memory                            {verdict}: {used:.1f} of {limit:.1f} GiB a device"]
     lines += [f"    {part:<32}{size / GIB:8.2f} GiB" for part, size in found["hbm_bytes_by_part"].items()]
     if not found["fits"]:
         words = found["nearest_that_fits"]
@@ -188,7 +188,7 @@ def show_stage(found: dict[str, Any]) -> list[str]:
         f"  collectives                       {found['collective_seconds'] * 1e3:.1f} ms at link rate, exposed "
         f"{found['exposed_collective_seconds'] * 1e3:.1f} ms"
     )
-    lines += [f"    {axes:<32}{size / GIB:8.2f} GiB a chip" for axes, size in found["collective_bytes"].items()]
+    lines += [f"    {axes:<32}{size / GIB:8.2f} GiB a device" for axes, size in found["collective_bytes"].items()]
     lines += [
         f"  step                              {found['predicted_step_seconds'] * 1e3:.1f} ms",
         f"  model FLOPs                       {found['model_flops']:.3e}, MFU {found['predicted_mfu']:.1%}",

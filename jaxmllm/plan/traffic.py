@@ -51,9 +51,12 @@ class Network:
     def transfer(self, opcode: str, each: Instruction) -> Transfer:
         """What one run of a collective moves. `each`: the instruction that carries groups and result."""
         group = first_group(each, len(self.coords))
-        size = each.bytes / 2 if each.opcode == "all-gather-start" else each.bytes  # (operand, result) pairs
-        if each.opcode in ("all-gather-start", "collective-permute-start"):
-            size = each.arrays[-1].bytes if len(each.arrays) <= 4 else size
+        arrays = each.arrays
+        if each.opcode == "all-gather-start":  # operands, then results
+            arrays = arrays[len(arrays) // 2 :]
+        elif each.opcode == "collective-permute-start":  # operand, result, two counters
+            arrays = arrays[:1]
+        size = sum(array.bytes for array in arrays)
         if opcode == "reduce-scatter":
             size *= len(group)
         crossed = "+".join(a for a, varies in zip(self.axes, self.varying(group)) if varies) or "none"
