@@ -35,8 +35,9 @@ class SampleSpec:
     targets: Targets | None = None
 
     def __post_init__(self):
-        if self.image_slots < 1:
-            raise ValueError(f"image_slots must be 1 or more, not {self.image_slots}; text needs none of them")
+        if self.image_slots < 0 or bool(self.image_slots) != bool(self.layout.encoders):
+            need = "1 or more; text uses none of them" if self.layout.encoders else "0: the model has no encoder"
+            raise ValueError(f"data.image_slots is {self.image_slots}, but must be {need}")
         for marker in self.template.markers():
             if self.tokenizer.backend.token_to_id(marker) is None:
                 lack = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"
