@@ -5,13 +5,14 @@ RUN := runs/demo
 SCENES := data/scenes
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo test test-all lint performance clean
 
 help:
 	@echo "make demo      train, resume, measure and talk, on two CPU cores in about ten minutes"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the ones against PyTorch included"
 	@echo "make lint      ruff"
+	@echo "make performance  the table of plans in docs/performance.md, through the TPU compiler"
 
 # Versions in constraints.txt are those the tests were run with.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -47,6 +48,10 @@ test-all: install
 lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+performance: install
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[tpu]"
+	@$(BIN)/python benchmarks/plans.py
 
 clean:
 	rm -rf $(VENV) runs data build *.egg-info

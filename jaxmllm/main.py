@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import contextlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA
@@ -76,6 +78,27 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", help="picture file")
     sub.add_argument("--prompt", help="one question; without it you are asked for them")
 
+    sub = command("plan", plan, "compile a config for a TPU slice nobody holds: memory, cycles, traffic, predicted MFU")
+    sub.add_argument("config", metavar="FILE.py[:variant]")
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v4, v5e, v5p, v6e or tpu7x; v5p:4x4x4")
+    sub.add_argument("--slices", type=int, default=1, help="slices joined by the data-centre network (mesh.slice)")
+    sub.add_argument("--stage", help="plan this stage only")
+    sub.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config"
+    )
+    sub.add_argument("--json", metavar="FILE", help="write all figures")
+    sub.add_argument("--compare", metavar="OTHER", help="another config, or the JSON of a plan, to print beside it")
+
+    sub = command("bench", bench, "time real steps of a config on the devices there are")
+    sub.add_argument("config", metavar="FILE.py[:variant]")
+    sub.add_argument("--stage", help="default: the last")
+    sub.add_argument("--steps", type=int, default=20)
+    sub.add_argument("--real", action="store_true", help="read the config's data; else one random batch")
+    sub.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config"
+    )
+    sub.add_argument("--json", metavar="FILE", help="write all figures")
+
     data = command("data", None, "make, check and convert data sets").add_subparsers(required=True, metavar="COMMAND")
     sub = command("make-scenes", make_scenes, "write the composed-sprite data set", data)
     sub.add_argument("out")
@@ -112,6 +135,59 @@ def train(args: argparse.Namespace) -> None:
         loop.run(run, workdir, lambda stage: make_loader(run, stage, workdir))
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Prints what a config needs on a TPU slice and how fast it would be; exit code 1 if it does not fit."""
+    from jaxmllm.plan.compile import prepare
+
+    prepare()
+    from jaxmllm import config as configs
+    from jaxmllm.plan import report
+    from jaxmllm.plan.chips import topology
+
+    slice_ = topology(args.topology, args.slices)
+    words = [f"mesh.slice={args.slices}"] * (args.slices > 1) + args.set
+
+    def of(target: str) -> dict:
+        if target.endswith(".json"):
+            return json.loads(Path(target).read_text())
+        run = configs.override(configs.load(target), words)
+        return report.plan(run, slice_, args.stage, lambda text: print(text, file=sys.stderr))
+
+    other = of(args.compare) if args.compare else None
+    result = of(args.config)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(report.compare(other, result) if other else report.show(result))
+    return 0 if all(stage["fits"] for stage in result["stages"].values()) else 1
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Prints how fast real steps are."""
+    from jaxmllm import bench as benching
+    from jaxmllm import config as configs
+    from jaxmllm.data.build import make_loader
+
+    run = configs.override(configs.load(args.config), args.set)
+    stages = {stage.name: stage for stage in run.stages}
+    if args.stage and args.stage not in stages:
+        raise configs.ConfigError(f"--stage {args.stage}: {run.name} has the stages {', '.join(stages)}")
+    stage = stages[args.stage or run.stages[-1].name]
+    with contextlib.ExitStack() as stack:
+        batches = None
+        if args.real:
+            loader = make_loader(run, stage, stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.callback(loader.close)
+            batches = (rows for rows, _ in loader)
+        found = benching.bench(run, stage, args.steps, batches)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    for name, value in found.items():
+        parts = value.items() if isinstance(value, dict) else ()
+        print(f"{name:<32}" + (f"{value:,.6g}" if isinstance(value, float) else "" if parts else str(value)))
+        for part, share in parts:
+            print(f"  {part:<30}{share:,.4g}")
 
 
 def use_compile_cache(workdir: str) -> None:

@@ -22,6 +22,7 @@ import time
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,10 +62,24 @@ class Mesh:
         return tuple(num_devices // known if s == -1 else s for s in sizes)
 
     def build(self, devices=None) -> jax.sharding.Mesh:
-        """The real mesh over `devices` (default: all of them, of all processes)."""
+        """The mesh over `devices` (default: all of them, of all processes): real ones, or those of a topology.
+
+        Devices joined by the data-centre network only (their slice_index differs) differ in the first axis alone.
+        Raises ValueError if there is not one slice of devices for each place of that axis.
+        """
         devices = jax.devices() if devices is None else devices
         sizes = self.sizes(len(devices))
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+        slices = len({getattr(d, "slice_index", 0) for d in devices})
+        if slices == 1:
+            array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        elif slices == sizes[0]:
+            inner = (1, *sizes[1:])
+            array = mesh_utils.create_hybrid_device_mesh(
+                inner, (slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+            )
+        else:
+            raise ValueError(f"mesh.slice is {sizes[0]}, but the devices are {slices} slices; set mesh.slice={slices}")
+        return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def start_processes(timeout: int = 1800) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh
-from jaxmllm.batch import Batch, MapShape, Term, Visual, VisualLayout
+from jaxmllm.batch import Batch, MapShape, Term, TokenLayout, Visual, VisualLayout
 from jaxmllm.llms.decoder import place_visual
 from jaxmllm.objectives.next_token import IGNORE, next_token
 
@@ -25,12 +25,13 @@ class MLLM(nn.Module):
     """A multimodal language model.
 
     encoders, fusers: by encoder name, the same names in the same order. distill: teacher name -> EmbedDistill; their
-    task tokens follow those of the aggregator in this order. Raises ValueError, in one line, if the parts do not fit.
+    task tokens follow those of the aggregator in this order. Without encoders there is no aggregator either, and the
+    model is a plain language model. Raises ValueError, in one line, if the parts do not fit.
     """
 
     encoders: dict[str, nn.Module]
     fusers: dict[str, nn.Module]
-    aggregator: nn.Module
+    aggregator: nn.Module | None
     llm: nn.Module
     distill: dict[str, nn.Module]
     vocab_chunk: int = 512  # positions of a row turned into logits at a time
@@ -41,6 +42,10 @@ class MLLM(nn.Module):
         super().__post_init__()
         if list(self.encoders) != list(self.fusers):
             raise ValueError(f"encoders {list(self.encoders)} and fusers {list(self.fusers)} must have the same names")
+        if (self.aggregator is None) != (not self.encoders) or (self.distill and not self.encoders):
+            raise ValueError("encoders need an aggregator; without encoders there is neither aggregator nor distill")
+        if not self.encoders:
+            return
         tokens, who = self.layout.tokens, type(self.aggregator).__name__
         if tokens.width != self.llm.width:
             raise ValueError(f"{who} gives tokens of width {tokens.width}, the language model has {self.llm.width}")
@@ -57,6 +62,8 @@ class MLLM(nn.Module):
     @property
     def layout(self) -> VisualLayout:
         """What the data pipeline must know of the visual path. Raises ValueError if its parts do not fit together."""
+        if not self.encoders:
+            return VisualLayout({}, TokenLayout(self.llm.width), 0)
         inputs = {name: encoder.input for name, encoder in self.encoders.items()}
         maps = {name: self.map_shape(name, inputs[name].grid) for name in self.encoders}
         tasks = sum(teacher.tokens for teacher in self.distill.values())
@@ -103,10 +110,14 @@ class MLLM(nn.Module):
 
     def hidden(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
         """-> (states after the final norm [B, S, H], {layer: states}, cache)."""
-        block, visual = self.visual(batch)
+        visual = None
+        if self.encoders:
+            block, visual = self.visual(batch)
         with jax.named_scope("llm"):
-            x = place_visual(self.llm.embed(batch.tokens), block, batch.visual_index)
-            visual = visual if visual.memory is not None else None
+            x = self.llm.embed(batch.tokens)
+            if visual is not None:
+                x = place_visual(x, block, batch.visual_index)
+                visual = visual if visual.memory is not None else None
             return self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
 
     def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, Term]]:

@@ -1,6 +1,7 @@
 """The loader: packed rows hold exactly the samples, whoever makes them, and go on where they stopped."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout, empty_batch
 from jaxmllm.data.ledger import Ledger, TooManyBadSamples
 from jaxmllm.data.loader import Loader
+from jaxmllm.data.packing import Bins
 from jaxmllm.data.samples import BadSample, SampleSpec, make_sample
 from jaxmllm.data.sources import LlavaSource
 from jaxmllm.data.targets import MapTargets
@@ -56,6 +58,18 @@ def spec(tmp_path_factory):
     words = "why because " + " ".join(map(str, range(RECORDS)))
     tokenizer = train_word_tokenizer([words], tmp_path_factory.mktemp("words"))
     return SampleSpec(tokenizer, TOY, LAYOUT, seq_len=48, image_slots=3, targets=MapTargets(grid=2))
+
+
+def test_rows_of_a_model_without_encoders():
+    bins = Bins((8, 0), 2)
+    assert [bins.add(item, (4, 0)) for item in range(4)] == [None] * 4  # two full rows
+    assert bins.add(4, (4, 0)) in ([0, 1], [2, 3])
+    tokenizer = SimpleNamespace(backend=SimpleNamespace(token_to_id=lambda marker: 1), path="none")
+    text = VisualLayout({}, 0, False, 0)
+    assert SampleSpec(tokenizer, TOY, text, 48, 0).image_slots == 0
+    for layout, slots in ((text, 1), (LAYOUT, 0)):
+        with pytest.raises(ValueError, match=f"image_slots is {slots}"):
+            SampleSpec(tokenizer, TOY, layout, 48, slots)
 
 
 def open_loader(source, spec, tmp_path, **changes) -> Loader:

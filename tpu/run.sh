@@ -8,4 +8,4 @@ gcloud compute tpus tpu-vm scp /tmp/jaxmllm.tar.gz "$TPU":jaxmllm.tar.gz --zone 
 gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker all --command "
   mkdir -p jaxmllm && tar xzf jaxmllm.tar.gz -C jaxmllm && cd jaxmllm &&
   (test -d .venv || python3 -m venv .venv) && .venv/bin/pip install -q -e '.[tpu]' &&
-  . tpu/flags.sh && .venv/bin/jaxmllm train $(printf '%q ' "$@") --distributed"
+  .venv/bin/jaxmllm train $(printf '%q ' "$@") --distributed"

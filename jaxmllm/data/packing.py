@@ -48,7 +48,7 @@ class Bins(Generic[T]):
 
     def _fullness(self, row: tuple[list[T], list[int]]) -> float:
         # By the scarcest capacity: a row without image slots left must not stay open for lack of tokens.
-        return max(u / c for u, c in zip(row[1], self.capacity))
+        return max(u / max(c, 1) for u, c in zip(row[1], self.capacity))  # text alone has no image slots
 
 
 class ShardRows:

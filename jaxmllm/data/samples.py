@@ -40,8 +40,9 @@ class SampleSpec:
     tiling: Tiling | None = None
 
     def __post_init__(self):
-        if self.image_slots < 1:
-            raise ValueError(f"image_slots must be 1 or more, not {self.image_slots}; text needs none of them")
+        if self.image_slots < 0 or bool(self.image_slots) != bool(self.layout.encoders):
+            need = "1 or more; text uses none of them" if self.layout.encoders else "0: the model has no encoder"
+            raise ValueError(f"data.image_slots is {self.image_slots}, but must be {need}")
         if self.tiling and self.image_slots < self.tiling.slots:
             raise ValueError(f"image_slots must be {self.tiling.slots} or more for this tiling, not {self.image_slots}")
         tokens = self.layout.tokens

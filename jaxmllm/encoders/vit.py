@@ -131,7 +131,8 @@ class ViT(Encoder):
         patch, grid = self.patch >> len(self.stem), self.grid
         x = x[:, : grid * patch, : grid * patch]  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
         x = mesh.reshape(x, x.shape[0], grid, patch, grid, patch, x.shape[-1]).swapaxes(2, 3)
-        x = Linear((self.width,), (None, None, "embed"), kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
+        axes = {"in_axes": (None, None, None), "out_axes": ("embed",)}  # three channels cannot be split
+        x = Linear((self.width,), **axes, kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
         x = mesh.reshape(x, x.shape[0], grid * grid, self.width)
         table = None if self.rope_theta else self.position_table().astype(x.dtype)
         lead = []

@@ -153,9 +153,10 @@ class DeformableAttention(nn.Module):
             at = where[..., level, :, :] * sizes[level] - 0.5  # pixel coordinates
             hat_x = hat(at[..., 0], v.shape[2])
             hat_y = hat(at[..., 1], v.shape[1]) * weights[..., level, :, None]
-            # A sum of products: a dot of depth `points` is no work for a matrix unit.
-            pick = (hat_y[..., :, None] * hat_x[..., None, :]).sum(3)
-            out = out + jnp.einsum("nqmij,nijmd->nqmd", pick, v)
+            with jax.named_scope("gather"):  # this stands for a gather: no FLOPs that the model needs
+                # A sum of products: a dot of depth `points` is no work for a matrix unit.
+                pick = (hat_y[..., :, None] * hat_x[..., None, :]).sum(3)
+                out = out + jnp.einsum("nqmij,nijmd->nqmd", pick, v)
         proj = Linear((c,), ("heads", None), ("embed",), kernel_init=xavier, name="output_proj")
         return proj(out.astype(query.dtype)), where, weights
 

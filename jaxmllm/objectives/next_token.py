@@ -41,7 +41,8 @@ def next_token(hidden: jax.Array, table: jax.Array, labels: jax.Array, chunk: in
 
 def token_nll(x: jax.Array, y: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [B, C, H], y int32[B, C], table [V, H] -> (float32[B, C], bool[B, C])."""
-    logits = jnp.einsum("bch,vh->bcv", x, table, preferred_element_type=jnp.float32)
+    with jax.named_scope("logits"):
+        logits = jnp.einsum("bch,vh->bcv", x, table, preferred_element_type=jnp.float32)
     vocab = jnp.arange(table.shape[0])
     # A comparison instead of a gather: with the vocabulary split over `tensor` it stays a local masked sum.
     own = jnp.sum(jnp.where(y[..., None] == vocab, logits, 0.0), -1)

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh as meshes
-from jaxmllm.batch import empty_batch
+from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.config import Run, Stage, check_resumable, to_json
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
+from jaxmllm.train.compiler import options
 from jaxmllm.train.optim import optimizer
 from jaxmllm.train.state import Params, TrainState, flatten, match_rules, split
 from jaxmllm.train.step import make_step
@@ -41,15 +42,19 @@ def initial_params(config: Run) -> Params:
     return flatten(model.init(jax.random.key(config.seed), batch, ("next_token", *model.distill))["params"])
 
 
-def start_stage(
-    config: Run,
-    stage: Stage,
-    mesh: jax.sharding.Mesh,
-    checkpoints: StageCheckpoints,
-    previous: StageCheckpoints | None,
-) -> tuple[TrainState, Any, Callable]:
-    """-> (state, data position or None, jitted step): from the stage's newest checkpoint, else from the parameters of
-    the stage before, else fresh. Raises ConfigError if the stage's rules do not cover the parameters."""
+def abstract_batch(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes and shardings of a global batch of the stage."""
+    data, model = config.data, config.model
+    row = empty_batch(model.layout, 1, data.seq_len, data.image_slots, model.target_shapes)
+    sharding = meshes.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((stage.rows, *x.shape[1:]), x.dtype, sharding=sharding), row)
+
+
+def stage_program(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[Params, Callable, Callable]:
+    """-> (abstract parameters with shardings, fresh: parameters -> TrainState, jitted step). Nothing is allocated.
+
+    Raises ConfigError if the stage's rules do not cover the parameters.
+    """
     dtype = jnp.dtype(config.compute_dtype)
     abstract = abstract_on(mesh, jax.eval_shape(lambda: initial_params(config)))
     table = match_rules(stage.rules, list(abstract))
@@ -59,6 +64,20 @@ def start_stage(
         trainable, frozen = split(params, table, dtype)
         return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
 
+    step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate)
+    return abstract, fresh, jax.jit(step, donate_argnums=0, compiler_options=options(mesh))
+
+
+def start_stage(
+    config: Run,
+    stage: Stage,
+    mesh: jax.sharding.Mesh,
+    checkpoints: StageCheckpoints,
+    previous: StageCheckpoints | None,
+) -> tuple[TrainState, Any, Callable]:
+    """-> (state, data position or None, jitted step): from the stage's newest checkpoint, else from the parameters of
+    the stage before, else fresh. Raises ConfigError if the stage's rules do not cover the parameters."""
+    abstract, fresh, step = stage_program(config, stage, mesh)
     if checkpoints.latest() is not None:
         state, position = checkpoints.restore(abstract_on(mesh, jax.eval_shape(fresh, abstract)))
     else:
@@ -68,5 +87,4 @@ def start_stage(
         else:
             state = jax.jit(lambda: fresh(initial_params(config)))()
         checkpoints.save_frozen(state.frozen)
-    step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate)
-    return state, position, jax.jit(step, donate_argnums=0)
+    return state, position, step

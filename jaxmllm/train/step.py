@@ -44,9 +44,10 @@ def make_step(model, losses: dict[str, float], tx: optax.GradientTransformation,
         else:
             parts = jax.tree.map(lambda x: mesh.split_rows(x, accumulate), batch)
             (grads, metrics), _ = jax.lax.scan(add, total, parts)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            metrics["grad_norm"] = optax.global_norm(grads)
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     return step

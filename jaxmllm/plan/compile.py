@@ -1,0 +1,129 @@
+"""A recipe's train step through the real TPU compiler, for a slice nobody holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+
+import jax
+import numpy as np
+
+from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.plan.chips import GIB, Topology
+from jaxmllm.train.checkpoint import abstract_on
+from jaxmllm.train.setup import abstract_batch, stage_program
+
+# libtpu must not look for a TPU of this machine, nor insist on being alone: it only compiles.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
+# Two forms of the compiler's message: used and available, or temporaries alone and available.
+_USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device. `total` is the peak that must fit into `limit`."""
+
+    total: int
+    limit: int
+    trainable: int
+    frozen: int
+    optimizer: int
+    batch: int
+    scratch: int  # activations and temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled step of a stage; text is "" if it does not fit (no program is made then)."""
+
+    text: str
+    memory: Memory
+    devices: np.ndarray  # the mesh
+    seconds: float  # to compile
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.memory.limit
+
+
+def prepare() -> None:
+    """Call before JAX starts. Raises ConfigError if the TPU compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError('jaxmllm plan needs the TPU compiler (no TPU): pip install "jaxmllm[tpu]"')
+    os.environ.update(ENVIRONMENT)
+
+
+def devices_of(topology: Topology) -> list:
+    """Descriptions of the devices of a slice, or of several. Raises ConfigError if there is no such slice."""
+    from jax.experimental import topologies
+
+    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(
+            topology_name=topology.name, platform="tpu", **dict(topology.chip.options), **more
+        )
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"--topology {topology.name}: {str(error).splitlines()[0][:200]}") from error
+    return found.devices
+
+
+def compile_stage(run: Run, stage: Stage, topology: Topology) -> Program:
+    """Compiles the train step of a stage; a program that does not fit comes back without text."""
+    devices = devices_of(topology)
+    mesh = run.mesh.build(devices)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        params, fresh, step = stage_program(run, stage, mesh)
+        state = abstract_on(mesh, jax.eval_shape(fresh, params))
+        batch = abstract_batch(run, stage, mesh)
+        lowered = step.lower(state, batch)
+        parts = {
+            "trainable": shard_bytes(state.trainable),
+            "frozen": shard_bytes(state.frozen),
+            "optimizer": shard_bytes(state.opt_state),
+            "batch": shard_bytes(batch),
+        }
+        limit = topology.chip.hbm_usable
+        try:
+            compiled = lowered.compile()
+            stats, text = compiled.memory_analysis(), compiled.as_text()
+            total = (
+                stats.argument_size_in_bytes
+                + stats.output_size_in_bytes
+                - stats.alias_size_in_bytes
+                + stats.temp_size_in_bytes
+                + stats.generated_code_size_in_bytes
+            )
+        except jax.errors.JaxRuntimeError as error:
+            total, limit = memory_error(str(error), sum(parts.values()))
+            text = ""
+    memory = Memory(total, limit, **parts, scratch=max(0, total - sum(parts.values())))
+    return Program(text, memory, mesh.devices, time.perf_counter() - start)
+
+
+def memory_error(message: str, arguments: int) -> tuple[int, int]:
+    """(bytes used, bytes there are) from the compiler's message. Raises RuntimeError if it is about something else."""
+    used, temporaries = _USED.search(message), _TEMPORARIES.search(message)
+    if not (found := used or temporaries):
+        raise RuntimeError(f"the TPU compiler failed: {message[:500]}")
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB}
+    amount, limit = (int(float(found[i]) * units[found[i + 1]]) for i in (1, 3))
+    return amount + (0 if used else arguments), limit
+
+
+def shard_bytes(tree) -> int:
+    """Bytes of one device's share of a tree of abstract arrays."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,38 @@
+"""Options of the TPU compiler, one reason each. The step is compiled with them on a TPU and in a plan for one."""
+
+from __future__ import annotations
+
+import jax
+
+COMMON = {
+    # Larger fusions: the default budget of on-chip memory splits the epilogues of big matmuls.
+    "xla_tpu_scoped_vmem_limit_kib": "98304",
+    # Never turn an all-gather and its matmul into a loop of partial matmuls: the parts are too small to be efficient.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    # A real all-gather that runs beside other work, not an all-reduce of zero-padded shards that stops everything.
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+}
+# Chips with SparseCores that move data: collectives run there, the matrix units go on.
+OFFLOAD = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_tpu_enable_all_gather_offload_tracing": "true",
+}
+# The others: an all-gather goes on in steps inside the matmuls that run meanwhile.
+FUSE = {
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+BY_KIND = {"TPU v4": FUSE, "TPU v5 lite": FUSE, "TPU v5": OFFLOAD, "TPU v6 lite": OFFLOAD, "TPU7x": OFFLOAD}
+
+
+def options(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict[str, str]:
+    """Compiler options for the devices of a mesh; none for what is not a TPU."""
+    device = mesh.abstract_mesh.abstract_device
+    return COMMON | BY_KIND[device.device_kind] if device and device.device_kind in BY_KIND else {}

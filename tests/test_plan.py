@@ -1,0 +1,319 @@
+"""The planner's parts that need no TPU compiler: reading stored programs, pricing them, counting FLOPs.
+
+tests/hlo/ holds what the TPU compiler (libtpu 0.0.42) made for one or a few v5p chips: scan.txt, five layers of
+tanh(x @ w) with 512 x 512 weights; rows.txt, a gather and a scatter of 1024 rows of 256 bfloat16, and a sort;
+sharded.txt, the gradient of a two-layer MLP on fsdp 2 x tensor 2; windowed.txt, a matmul of 16 chips whose weight is
+gathered by parts beside it.
+"""
+
+import dataclasses
+import importlib.util
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxmllm import config as configs
+from jaxmllm import main, mesh
+from jaxmllm.plan import compile as compiling
+from jaxmllm.plan import flops, hlo, report
+from jaxmllm.plan.chips import CHIPS, topology
+from jaxmllm.plan.timeline import Timeline, phase, saved_bytes, stage
+from jaxmllm.plan.traffic import Network, first_group
+from jaxmllm.train.checkpoint import abstract_on
+from jaxmllm.train.setup import abstract_batch, stage_program
+from tests.conftest import ROOT
+
+V5P = CHIPS["v5p"]
+
+
+def network(shape, axes, torus="v5p:2x2x1", slices=1) -> Network:
+    """Devices of a torus in row-major order, laid out as a mesh."""
+    place = topology(torus, slices)
+    grid = list(np.ndindex(*place.shape)) * slices
+    size = len(grid) // slices
+    devices = [SimpleNamespace(coords=c, core_on_chip=0, slice_index=i // size) for i, c in enumerate(grid)]
+    array = np.empty(shape, object)
+    array.reshape(-1)[:] = devices[: array.size]
+    return Network(place, axes, array)
+
+
+def timeline(name: str, shape=(1,), axes=("fsdp",), torus="v5p:2x2x1") -> Timeline:
+    module = hlo.parse((ROOT / "tests" / "hlo" / f"{name}.txt").read_text())
+    return Timeline(module, topology(torus).chip, network(shape, axes, torus))
+
+
+def test_a_loop_costs_its_trips():
+    line = timeline("scan")
+    loop = next(i for i in line.module.computations[line.module.entry].values() if i.opcode == "while")
+    (body, trips), *_ = line.module.calls(loop, line.module.computations[line.module.entry])
+    assert trips == 5
+    inside = line.module.computations[body].values()
+    once = sum(i.cycles for i in inside if i.cycles)
+    looped = [c for c in line.charges if c.times == 5]
+    assert once > 0 and sum(c.cycles for c in looped if not c.model) == 5 * once
+    matmul = max(line.charges, key=lambda c: c.cycles)
+    ideal = 5 * 2 * 512**3 / V5P.flops_per_cycle
+    assert matmul.kind == "matmul" and matmul.cycles > ideal
+
+
+def test_rows_and_sorts_are_priced_and_listed():
+    charges = [c for c in timeline("rows").charges if c.model in ("gather", "sort")]
+    prices = sorted(c.cycles for c in charges if c.model == "gather")
+    assert prices == [1024 * 64, 2 * 1024 * 64]  # a row of 512 bytes is below the price of its transfer
+    assert any(c.model == "sort" for c in charges)
+    assert all(c.model in report.MODELS for c in charges)
+
+
+def test_collectives_name_their_axis_and_bytes():
+    line = timeline("sharded", (2, 2), ("fsdp", "tensor"))
+    moved = {c.name: c.transfer for c in line.charges if c.transfer}
+    assert {t.axes for t in moved.values()} == {"fsdp"}
+    gather = next(t for t in moved.values() if t.opcode == "all-gather")
+    full = 1024 * 2048 * 2
+    assert gather.bytes == full / 2
+    # Two chips that are neighbours in a dimension of length 2, which does not wrap: one link.
+    assert gather.ici == pytest.approx(full / 2 / V5P.link_rate + 1e-6)
+    reduce = next(t for t in moved.values() if t.opcode == "all-reduce")
+    assert reduce.bytes == 2 * full  # both gradients; half of them through the links, twice
+    assert sum(c.exposed for c in line.charges) == pytest.approx(sum(t.seconds for t in moved.values()))
+
+
+def test_windowed_matmul_is_priced_by_roofline():
+    line = timeline("windowed", (16,), ("fsdp",), "v5p:2x2x4")
+    matmuls = [c for c in line.charges if c.kind == "matmul"]
+    ideal = 2 * 1024 * 512 * 1024 / V5P.flops_per_cycle
+    assert any(c.model == "windowed matmul" for c in matmuls)
+    assert ideal < sum(c.cycles for c in matmuls)
+    assert {c.transfer.opcode for c in line.charges if c.transfer} == {"collective-permute"}
+
+
+def test_rings_and_slices():
+    ring = network((64,), ("fsdp",), "v5p:4x4x4")
+    assert ring.rate(np.arange(64)) == (6 * V5P.link_rate, 6)  # three rings, two links each
+    line = network((8, 8), ("data", "fsdp"), "v6e:8x8")
+    assert line.rate(np.arange(8))[0] == CHIPS["v6e"].link_rate  # 8 chips in a row do not wrap around
+    two = network((2, 4), ("slice", "fsdp"), "v5p:2x2x1", slices=2)
+    each = one_line("all-reduce", "f32[1000000]{0}", "replica_groups={{0,1,2,3,4,5,6,7}}")
+    transfer = two.transfer("all-reduce", each)
+    assert transfer.axes == "slice+fsdp" and transfer.ici > 0
+    assert transfer.dcn == pytest.approx(2 * 4e6 / 4 / 2 / V5P.dcn_rate)  # every chip carries its quarter across
+
+
+def one_line(opcode: str, shape: str, attributes: str) -> hlo.Instruction:
+    return hlo.parse_line(f"  %x = {shape} {opcode}(%y), {attributes}", {})
+
+
+@pytest.mark.parametrize(
+    "groups, expected",
+    [
+        ("replica_groups={{0,4},{1,5}}", [0, 4]),
+        ("replica_groups={}", list(range(8))),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", [0, 4]),
+        ("source_target_pairs={{3,7},{7,3}}", [3, 7]),
+    ],
+)
+def test_replica_groups(groups, expected):
+    assert first_group(one_line("all-reduce", "f32[8]{0}", groups), 8).tolist() == expected
+
+
+def test_asynchronous_collectives_hide_behind_what_runs_meanwhile():
+    work = '%w = bf16[8]{0} fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"%d"}'
+    text = """HloModule m
+%f (q: bf16[8]) -> bf16[8] {
+  %q = bf16[8]{0} parameter(0)
+  ROOT %n = bf16[8]{0} negate(%q)
+}
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  %p = bf16[8]{0} parameter(0)
+  %s = (bf16[1000000]{0}, bf16[2000000]{0}) all-gather-start(%p), replica_groups={{0,1}}, dimensions={0}
+  WORK
+  ROOT %d = bf16[2000000]{0} all-gather-done(%s)
+}
+"""
+    seconds = 2e6 / V5P.link_rate + 1e-6
+    for share in (0.25, 2.0):
+        cycles = int(seconds * share * V5P.clock)
+        module = hlo.parse(text.replace("WORK", work.replace("%d", str(cycles))))
+        line = Timeline(module, V5P, network((2,), ("fsdp",)))
+        assert sum(c.exposed for c in line.charges) == pytest.approx(seconds * max(0, 1 - share), abs=1e-8)
+        assert line.seconds == pytest.approx(seconds * max(1, share), rel=1e-3)
+
+
+def test_splash_attention_is_priced_by_its_shapes():
+    lines = [
+        f"  %{name} = {shape}{{3,2,1,0}} parameter({i})"
+        for i, (name, shape) in enumerate(
+            [("m", "s8[1,4,2]"), ("q", "bf16[4,32,2048,128]"), ("k", "bf16[4,32,1024,128]")]
+        )
+    ]
+    # Attributes of a kernel hold line breaks.
+    call = (
+        "  ROOT %splash_mha_dkv.1 = bf16[4,32,2048,128]{3,2,1,0} custom-call(%m, %q, %k), "
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        '\\"use_fused_bwd_kernel\\": true}\n'
+        '}}, metadata={op_name="jit(f)/SCOPE/pallas_call"}'
+    )
+    for scope, share in (("full", 1), ("causal", 0.5)):
+        body = "\n".join(["ENTRY %e (m: s8[1,4,2]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
+        (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
+        flops = 5 * 2 * 4 * 32 * 2048 * 1024 * 128 * share
+        assert charge.model == "splash attention"
+        assert charge.cycles == pytest.approx(flops / V5P.flops_per_cycle / 0.45)
+
+
+def test_programs_that_cannot_be_read_say_so():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("module {}")
+    with pytest.raises(ValueError, match="replica groups"):
+        first_group(one_line("all-reduce", "f32[8]{0}", "replica_groups=?"), 8)
+
+
+@pytest.mark.parametrize(
+    "path, where, when",
+    [
+        ("jit(step)/jvp(MLLM)/MLLM.hidden/MLLM.visual/encoder_clip/blocks/while/body/add", "encoder_clip", "forward"),
+        (
+            "jit(step)/transpose(jvp(MLLM))/MLLM.hidden/llm/llm/groups/while/body/insert/layer/mul",
+            "llm_insert",
+            "backward",
+        ),
+        ("jit(step)/jvp(MLLM)/next_token/while/body/closed_call/logits/bch,vh->bcv/dot_general", "head", "forward"),
+        ("jit(step)/transpose(jvp(MLLM))/next_token/while", "next_token", "backward"),
+        ("jit(step)/transpose(jvp(MLLM))/llm/while/body/checkpoint/rematted_computation/x/mul", "llm", "recompute"),
+        ("jit(step)/optimizer/mul", "optimizer", "forward"),
+        ("jit(step)/add", "other", "forward"),
+        ("", "other", "forward"),
+    ],
+)
+def test_stages_come_from_scopes(path, where, when):
+    assert (stage(path), phase(path)) == (where, when)
+
+
+def test_saved_for_the_backward_pass():
+    text = """HloModule m
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[100]{0} broadcast(%p), metadata={op_name="jit(f)/jvp(MLLM)/llm/mul"}
+  %b = f32[50]{0} slice(%a), metadata={op_name="jit(f)/jvp(MLLM)/llm/tanh"}
+  ROOT %c = f32[8]{0} slice(%a), metadata={op_name="jit(f)/transpose(jvp(MLLM))/llm/mul"}
+}
+"""
+    assert saved_bytes(hlo.parse(text)) == 400  # b is read by nothing of the backward pass
+
+
+def traced(f, *shapes, trained):
+    found = flops.Counter()
+    closed = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    flops.count(closed.jaxpr, trained, 1, "jit(f)", found)
+    return sum(found.values())
+
+
+def test_flops_count_what_training_needs():
+    mlp = lambda x, u, v: jnp.tanh(x @ u) @ v
+    shapes, one = ((8, 16), (16, 32), (32, 4)), 2 * 8 * 32 * np.array([16, 4])
+    assert traced(mlp, *shapes, trained=[False, False, False]) == one.sum()
+    assert traced(mlp, *shapes, trained=[False, True, True]) == 2 * one[0] + 3 * one[1]  # x needs no gradient
+    assert traced(mlp, *shapes, trained=[False, False, True]) == one[0] + 2 * one[1]
+    assert traced(jax.checkpoint(mlp), *shapes, trained=[True] * 3) == 3 * one.sum()
+
+    def layers(x, w):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    # The first turn's x needs no gradient, but a loop is one program: its carry depends from the second turn on.
+    assert traced(layers, (8, 16), (5, 16, 16), trained=[False, True]) == 5 * 3 * 2 * 8 * 16 * 16
+
+    def scoped(x, y):
+        with jax.named_scope("causal"):
+            z = x @ y
+        with jax.named_scope("gather"):
+            return z @ y
+
+    assert traced(scoped, (8, 8), (8, 8), trained=[False, False]) == 8**3
+
+
+def test_flops_of_the_8b_recipe():
+    """6 FLOPs a parameter and token of all matrices but the embedding, and the causal triangle of attention."""
+    run = configs.load("configs/llama3_8b.py")
+    found = flops.model_flops(run, run.stages[0])
+    tokens, layer = 256 * 2048, 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+    assert found["head"] == 6 * tokens * 4096 * 128256
+    assert found["llm"] == 6 * tokens * 32 * layer + 32 * 12 * tokens * 2048 * 4096 / 2
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("v5:4x4", "no chip 'v5'"), ("v5p:4x4", "v5p:4x4x4"), ("v6e:4xx4", "v6e:4x4"), ("v6e", "v6e:4x4")],
+)
+def test_topology_names(text, message):
+    with pytest.raises(ValueError, match=message):
+        topology(text)
+
+
+def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a))
+    assert main.main(["plan", "configs/llama3_8b.py", "--topology", "v5p:4x4x4"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and "pip install" in error and "[tpu]" in error
+
+
+def test_memory_messages():
+    used = "Ran out of memory in memory space hbm. Used 43.20G of 31.25G hbm. Exceeded hbm capacity by 11.95G."
+    assert compiling.memory_error(used, 7) == (int(43.2 * 2**30), int(31.25 * 2**30))
+    temporaries = "the total memory required for HLO temporaries (256.00G) exceeds available HBM (30.75G)."
+    assert compiling.memory_error(temporaries, 7) == (256 * 2**30 + 7, int(30.75 * 2**30))
+    with pytest.raises(RuntimeError, match="something else"):
+        compiling.memory_error("something else", 0)
+
+
+@pytest.mark.parametrize("rows_that_fit, words", [(4, "accumulate=4"), (1, "mesh.tensor=2"), (0, None)])
+def test_nearest_setting_that_fits(monkeypatch, rows_that_fit, words):
+    """Fits if a chip has at most so many rows of a micro-batch; 16 a chip to begin with, and one is the least."""
+    run = configs.override(configs.load("configs/llama3_8b.py"), ["stages.text.rows=1024"])
+    place = topology("v5p:4x4x4")
+    memory = {"limit": 90, "trainable": 10, "frozen": 0, "optimizer": 20, "batch": 0}
+
+    def compiled(run, each, place):
+        rows = each.rows / each.accumulate / 64
+        fits = rows <= rows_that_fit if rows_that_fit != 1 else run.mesh.tensor == 2
+        total = 50 if fits else 200
+        return compiling.Program("", compiling.Memory(total, **memory, scratch=total - 30), None, 0.0)
+
+    monkeypatch.setattr(report, "compile_stage", compiled)
+    found = report.nearest(run, run.stages[0], place, compiled(run, run.stages[0], place), lambda text: None)
+    assert (words in found) if words else found is None
+
+
+LARGE = ("llama3_8b", "cambrian_8b")
+PODS = [
+    pytest.param(path, sizes, id=f"{path.stem}-{'x'.join(map(str, sizes.values()))}")
+    for path in sorted((ROOT / "configs").glob("*.py"))
+    for sizes in (
+        [{"fsdp": 64, "tensor": 4}, {"fsdp": 256, "tensor": 8}]
+        if path.stem in LARGE
+        else [{"data": 64, "fsdp": 4}, {"data": 256, "fsdp": 8}]  # a toy has too few heads to split
+    )
+]
+
+
+@pytest.mark.parametrize("path, sizes", PODS)
+def test_every_config_lowers_on_a_pod(path, sizes):
+    run = configs.load(str(path))
+    sizes = mesh.Mesh(**{"fsdp": 1, **sizes})
+    pod = AbstractMesh(
+        tuple(getattr(sizes, axis) for axis in mesh.AXES), mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES)
+    )
+    each = run.stages[-1]
+    each = dataclasses.replace(each, rows=mesh.data_shards(pod) * each.accumulate)
+    with jax.sharding.use_abstract_mesh(pod):
+        params, fresh, step = stage_program(run, each, pod)
+        state = abstract_on(pod, jax.eval_shape(fresh, params))
+        text = step.trace(state, abstract_batch(run, each, pod)).lower(lowering_platforms=("tpu",)).as_text()
+    assert "sdy.mesh" in text or "mhlo.sharding" in text

@@ -1,0 +1,110 @@
+"""Prices of programs whose cost is known, through the real TPU compiler. Skipped where libtpu is not installed."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.conftest import jaxmllm
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='needs the TPU compiler: pip install "jaxmllm[tpu]"'
+)
+
+NAMES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+def planned(f, *shapes, name="v5p:2x2x1", specs=None, options=None):
+    """Timeline of f compiled for one chip of a topology, or for all of them if specs are given (axis "x")."""
+    from jaxmllm.plan import hlo
+    from jaxmllm.plan.chips import topology
+    from jaxmllm.plan.compile import devices_of, prepare
+    from jaxmllm.plan.timeline import Timeline
+    from jaxmllm.plan.traffic import Network
+    from jaxmllm.train.compiler import options as compiler_options
+
+    prepare()
+    place = topology(name)
+    devices = np.array(devices_of(place)[: None if specs else 1])
+    mesh = Mesh(devices, ("x",))
+    arguments = [
+        jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec))
+        for (s, d), spec in zip(shapes, specs or [P()] * 9)
+    ]
+    text = (
+        jax.jit(f, compiler_options=compiler_options(mesh) if options is None else options)
+        .lower(*arguments)
+        .compile()
+        .as_text()
+    )
+    return Timeline(hlo.parse(text), place.chip, Network(place, ("x",), devices))
+
+
+def cycles(line, **fields) -> float:
+    return sum(c.cycles for c in line.charges if all(getattr(c, k) == v for k, v in fields.items()))
+
+
+@pytest.mark.parametrize("chip", NAMES)
+def test_one_matmul_runs_at_70_to_100_percent_of_peak(chip):
+    m, k, n = 8192, 4096, 14336
+    line = planned(lambda x, y: x @ y, ((m, k), jnp.bfloat16), ((k, n), jnp.bfloat16), name=NAMES[chip])
+    assert 0.7 < 2 * m * k * n / line.chip.flops_per_cycle / cycles(line) < 1
+
+
+def test_a_scan_of_k_layers_costs_k_times_one():
+    def layers(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    def cost(k):
+        return cycles(planned(layers, ((4096, 4096), jnp.bfloat16), ((k, 4096, 4096), jnp.bfloat16)))
+
+    two, four, eight = cost(2), cost(4), cost(8)
+    assert eight - four == pytest.approx(2 * (four - two), rel=1e-3)  # the same fixed part, then so much a layer
+    assert eight == pytest.approx(4 * two, rel=0.1)
+
+
+def test_a_windowed_collective_matmul_costs_the_matmul():
+    """The weight comes from 16 chips; the compiler may gather it first or in a loop of partial matmuls."""
+    m, k, n = 8192, 4096, 14336
+    shapes, specs = [((16 * m, k), jnp.bfloat16), ((k, n), jnp.bfloat16)], [P("x"), P("x")]
+    whole = planned(lambda x, w: x @ w, *shapes, name="v5p:2x2x4", specs=specs)
+    window = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "0"}
+    parts = planned(lambda x, w: x @ w, *shapes, name="v5p:2x2x4", specs=specs, options=window)
+    assert {c.transfer.opcode for c in whole.charges if c.transfer} == {"all-gather"}
+    assert {c.transfer.opcode for c in parts.charges if c.transfer} == {"collective-permute"}
+    ideal = 2 * m * k * n / whole.chip.flops
+    for line in (whole, parts):
+        assert ideal < line.seconds < 1.5 * ideal
+    # The loop hides what it moves; the other one waits for it first.
+    exposed = [sum(c.exposed for c in line.charges) for line in (parts, whole)]
+    assert exposed[0] < 0.1 * exposed[1]
+
+
+def test_a_gather_costs_its_rows():
+    line = planned(lambda t, i: t[i], ((32000, 4096), jnp.bfloat16), ((8192,), jnp.int32))
+    assert cycles(line, model="gather") == 8192 * 64
+    wide = planned(lambda t, i: t[i], ((320, 2**20), jnp.bfloat16), ((64,), jnp.int32))
+    assert cycles(wide, kind="gather") >= 0.9 * 64 * 2**21 / wide.chip.hbm_per_cycle  # here the bytes count
+
+
+@pytest.mark.long
+def test_plan_prints_and_writes_every_figure(tmp_path):
+    words = ("plan", "configs/toy.py:tiny", "--topology", "v5p:2x2x1", "--stage", "instruct")
+    done = jaxmllm(*words, "--json", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
+    found = json.loads((tmp_path / "plan.json").read_text())
+    wanted = {
+        "fits", "hbm_bytes", "hbm_limit_bytes", "model_flops", "cycles", "cycles_by_stage", "unpriced",
+        "collective_bytes", "exposed_collective_seconds", "predicted_step_seconds", "predicted_mfu",
+        "tokens_per_second_per_chip", "images_per_second_per_chip", "compile_seconds", "chip_hours",
+    }  # fmt: skip
+    assert found["fits"] and all(found[key] is not None for key in wanted)
+    stages = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "next_token", "head"}
+    assert stages | {"distill_depth", "distill_seg", "optimizer"} <= set(found["cycles_by_stage"])
+    assert "fits" in done.stdout and "MFU" in done.stdout
+    same = jaxmllm(*words, "--compare", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
+    assert "+0.0%" in same.stdout
