@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import contextlib
+import ctypes
 import json
 import os
 import sys
