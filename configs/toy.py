@@ -36,46 +36,32 @@ def model() -> MLLM:
             width=WIDTH,
             layers=4,
             heads=4,
-            kv_heads=2,
+            kv_heads=4,
             mlp=192,
             inserts=Inserts(start=0, stride=2, count=1),
             insert=SVALayer(width=96, heads=4),
             **SMALL,
         ),
-        distill={
-            "depth": EmbedDistill(
-                GRID * GRID,
-                4,
-                WIDTH,
-                layers=(2,),
-                tokens=2,
-                predictor_width=96,
-                heads=2,
-                aligned=True,
-                norm_out=False,
-            ),
-            "seg": EmbedDistill(
-                GRID * GRID,
-                16,
-                WIDTH,
-                layers=(2,),
-                tokens=2,
-                predictor_width=96,
-                heads=2,
-                aligned=True,
-                norm_out=False,
-            ),
-        },
+        distill={"depth": regress(4), "seg": regress(16)},
         vocab_chunk=256,
     )
 
 
+def regress(dim: int) -> EmbedDistill:
+    """VisPer-LM's regression of a map, behind the first decoder layer: the visual path itself must carry it."""
+    cells = GRID * GRID
+    return EmbedDistill(
+        cells, dim, WIDTH, layers=(1,), tokens=2, predictor_width=96, heads=2, aligned=True, norm_out=False
+    )
+
+
 def config() -> Run:
-    optim = Optim(2e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98)
+    optim = Optim(1.2e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98)
     captions, questions = (
         Source(f"{SCENES}/align.jsonl", weight=0.1),
         Source(f"{SCENES}/instruct.jsonl", weight=0.9),
     )
+    first = dataclasses.replace(optim, lr=2e-3, final=0.5)
     losses = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
     return Run(
         name="toy",
@@ -83,9 +69,9 @@ def config() -> Run:
         data=Data(f"{SCENES}/tokenizer", TOY, seq_len=256, image_slots=3, targets=MapTargets(GRID), shards=4),
         stages=(
             # Captions and maps: the visual path learns what there is and where.
-            Stage("align", (captions,), 200, 12, (Rule(".*"),), losses, dataclasses.replace(optim, final=0.5)),
+            Stage("align", (captions,), 200, 12, (Rule(".*"),), losses, first),
             # Questions, and the maps still.
-            Stage("instruct", (questions, captions), 1000, 12, (Rule(".*"),), losses, optim),
+            Stage("instruct", (questions, captions), 1500, 12, (Rule(".*"),), losses, optim),
         ),
         compute_dtype="float32",
     )
