@@ -66,6 +66,7 @@ def train(config: Run, stage: Stage, mesh, state, step, loader, checkpoints, rep
             batch = meshes.to_global(rows, mesh)
             reporter.count(info, time.perf_counter() - start)
             state, metrics = step(state, batch)
+            jax.block_until_ready(pending)  # at most one step ahead: what is then waited for is data
             if pending is None:
                 reporter.first_step()
             elif done % config.log_every == 0 or done == 1:
