@@ -27,7 +27,7 @@ def model() -> MLLM:
     return MLLM(
         encoders={
             "clip": ViT(48, 8, width=96, layers=3, heads=4, mlp=192, taps=(1, 2, 3), stem=(24, 48), **SMALL),
-            "dino": ViT(48, 4, width=48, layers=1, heads=4, mlp=96, taps=(1,), stem=(24,), **SMALL),
+            "dino": ViT(48, 4, width=48, layers=1, heads=2, mlp=96, taps=(1,), stem=(24,), **SMALL),
         },
         fusers={"clip": MMFuser(heads=4, points=2), "dino": Single()},
         aggregator=SVA(width=96, llm_width=WIDTH, grid=GRID, depth=1, heads=4),
@@ -66,7 +66,7 @@ def config() -> Run:
     return Run(
         name="toy",
         model=model(),
-        data=Data(f"{SCENES}/tokenizer", TOY, seq_len=256, image_slots=3, targets=MapTargets(GRID), shards=4),
+        data=Data(f"{SCENES}/tokenizer", TOY, seq_len=240, image_slots=3, targets=MapTargets(GRID), shards=4),
         stages=(
             # Captions and maps: the visual path learns what there is and where.
             Stage("align", (captions,), 200, 12, (Rule(".*"),), losses, first),

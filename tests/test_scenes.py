@@ -34,17 +34,17 @@ def maps(folder: Path, image: str) -> tuple[np.ndarray, np.ndarray]:
 def answer_from_maps(question: str, nouns: list[str], depth: np.ndarray, instances: np.ndarray) -> str:
     """The answer to any question but the caption, from pixels; `nouns[k - 1]` is what instance k is."""
     pixels = {noun: np.argwhere(instances == k) for k, noun in enumerate(nouns, start=1)}  # (row, column)
-    if found := re.fullmatch(r"How many (.+) are in the image\?", question):
+    if found := re.fullmatch(r"How many (.+) are there\?", question):
         visible = set(np.unique(instances)) - {0}
         return str(sum(nouns[k - 1] == SINGULAR[found[1]] for k in visible))
-    if found := re.fullmatch(r"Is there an? (.+) in the image\?", question):
+    if found := re.fullmatch(r"Is there an? (.+)\?", question):
         return "yes" if found[1] in nouns else "no"
     if found := re.fullmatch(r"Is the (.+) (left or right of|above or below) the (.+)\?", question):
         axis, before, after = (1, "left", "right") if "left" in found[2] else (0, "above", "below")
         a, b = (pixels[found[i]][:, axis] for i in (1, 3))
         assert a.max() < b.min() or b.max() < a.min(), "the two overlap along the axis asked about"
         return before if a.max() < b.min() else after
-    if found := re.fullmatch(r"Which is closer to the camera, the (.+) or the (.+)\?", question):
+    if found := re.fullmatch(r"Which is closer, the (.+) or the (.+)\?", question):
         a, b = (depth[tuple(pixels[found[i]][0])] / 65535 for i in (1, 2))
         assert max(a, b) > 1.15 * min(a, b), "the depths are too much alike"
         return found[1] if a > b else found[2]
@@ -53,7 +53,7 @@ def answer_from_maps(question: str, nouns: list[str], depth: np.ndarray, instanc
         to_a, to_b = np.linalg.norm(a - anchor), np.linalg.norm(b - anchor)
         assert max(to_a, to_b) > 1.3 * min(to_a, to_b), "the distances are too much alike"
         return found[2] if to_a < to_b else found[3]
-    assert question == "What object is in the image?"
+    assert question == "What is this?"
     assert len(nouns) == 1
     return nouns[0]
 

@@ -2,12 +2,12 @@
 
 They are of the kinds and the wording of common spatial benchmarks, in as few words as will do:
 
-    Count     How many ducks are in the image?                       2
+    Count     How many ducks are there?                       2
     Relation  Is the duck left or right of the dog?                  left
-    Depth     Which is closer to the camera, the duck or the dog?    dog
+    Depth     Which is closer, the duck or the dog?    dog
     Distance  Which is closer to the duck, the dog or the crab?      crab
-    Name      What object is in the image?                           duck
-    Exist     Is there a duck in the image?                          yes
+    Name      What is this?                           duck
+    Exist     Is there a duck?                          yes
     Caption   Describe the image.                                    2 ducks, 1 crab and 1 dog.
 
 A caption counts every noun, the most numerous first and equal numbers in alphabetical order.
@@ -32,6 +32,9 @@ TASK_OF = {
 }
 
 
+MOST_EXIST = 4  # a training example: what is slowest to learn is asked most
+
+
 class Question(NamedTuple):
     """One question: its task, its text, its exact answer, what may be chosen from, and the nouns it names."""
 
@@ -54,7 +57,7 @@ def caption(scene: Scene) -> Question:
 def exist(noun: str, present: bool) -> Question:
     """Whether there is such an object."""
     answer = "yes" if present else "no"
-    return Question("Exist", f"Is there {_with_article(noun)} in the image?", answer, ("yes", "no"), (noun,))
+    return Question("Exist", f"Is there {_with_article(noun)}?", answer, ("yes", "no"), (noun,))
 
 
 def main_questions(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -> list[Question]:
@@ -83,11 +86,11 @@ def main_questions(rng: np.random.Generator, scene: Scene, nouns: Sequence[str])
 
 
 def conversation(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -> list[Question]:
-    """One to four questions for one training example, none answered by an earlier question or its answer.
+    """One to six questions for one training example, none answered by an earlier question or its answer.
 
     Whether an object exists is asked with "yes" and "no" equally likely, and either before the questions that
-    name the scene's objects (twice, independently) or, about an object none of them names, at any place among
-    them. The one exception is an image of a single object: once its name is asked, what exists follows.
+    name the scene's objects (up to MOST_EXIST times, independently) or, about an object none of them names, at any
+    place among them. The one exception is an image of a single object: once its name is asked, what exists follows.
     """
     present = sorted({thing.noun for thing in scene.objects})
     absent = [noun for noun in nouns if noun not in present]
@@ -99,13 +102,16 @@ def conversation(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -
         return [yes] if rng.integers(2) else [no, *asked]
 
     unnamed = [noun for noun in present if all(noun not in question.nouns for question in asked)]
-    if (unnamed or len(asked) > 1) and rng.integers(2):
+    if (unnamed or len(asked) > 1) and not rng.integers(4):
         if unnamed:
             asked.insert(int(rng.integers(len(asked) + 1)), _exist_or_not(rng, unnamed, absent))
         return asked
-    first = _exist_or_not(rng, present, absent)
-    second = _exist_or_not(rng, *([noun for noun in side if noun not in first.nouns] for side in (present, absent)))
-    return [first, second, *asked]
+    # Once all of one side were asked about, the answer would follow: no more then.
+    first = []
+    while present and absent and len(first) < MOST_EXIST:
+        first.append(_exist_or_not(rng, present, absent))
+        present, absent = ([noun for noun in side if noun not in first[-1].nouns] for side in (present, absent))
+    return [*first, *asked]
 
 
 def heldout_questions(rng: np.random.Generator, index: int, scene: Scene, nouns: Sequence[str]) -> list[Question]:
@@ -127,12 +133,12 @@ def _exist_or_not(rng: np.random.Generator, present: Sequence[str], absent: Sequ
 def _name(rng: np.random.Generator, noun: str, nouns: Sequence[str]) -> Question:
     others = [other for other in nouns if other != noun]
     wrong = [others[i] for i in rng.choice(len(others), 3, replace=False)]
-    return Question("Name", "What object is in the image?", noun, (noun, *wrong), (noun,))
+    return Question("Name", "What is this?", noun, (noun, *wrong), (noun,))
 
 
 def _how_many(noun: str, count: int) -> Question:
     # The choices are always the whole range, so that they tell nothing about the answer.
-    return Question("Count", f"How many {plurals()[noun]} are in the image?", str(count), tuple("1234"), (noun,))
+    return Question("Count", f"How many {plurals()[noun]} are there?", str(count), tuple("1234"), (noun,))
 
 
 def _relations(pair: Sequence[Thing], axes: Sequence[int] = (0, 1)) -> list[Question]:
@@ -150,7 +156,7 @@ def _relations(pair: Sequence[Thing], axes: Sequence[int] = (0, 1)) -> list[Ques
 
 
 def _which_is_closer(a: Thing, b: Thing) -> Question:
-    text = f"Which is closer to the camera, the {a.noun} or the {b.noun}?"
+    text = f"Which is closer, the {a.noun} or the {b.noun}?"
     return Question("Depth", text, (a if a.depth > b.depth else b).noun, (a.noun, b.noun), (a.noun, b.noun))
 
 
