@@ -42,16 +42,28 @@ def model() -> MLLM:
             insert=SVALayer(width=96, heads=4),
             **SMALL,
         ),
-        distill={"depth": regress(4), "seg": regress(16)},
+        distill={"depth": regress(4), "seg": regress(16, blocks=0)},
         vocab_chunk=256,
     )
 
 
-def regress(dim: int) -> EmbedDistill:
-    """VisPer-LM's regression of a map, behind the first decoder layer: the visual path itself must carry it."""
+def regress(dim: int, blocks: int = 1) -> EmbedDistill:
+    """VisPer-LM's regression of a map, behind the first decoder layer: the visual path itself must carry it.
+
+    Without blocks the predictor is linear in the state of the visual token at each place.
+    """
     cells = GRID * GRID
     return EmbedDistill(
-        cells, dim, WIDTH, layers=(1,), tokens=2, predictor_width=96, heads=2, aligned=True, norm_out=False
+        cells,
+        dim,
+        WIDTH,
+        layers=(1,),
+        tokens=2,
+        predictor_width=96,
+        heads=2,
+        blocks=blocks,
+        aligned=True,
+        norm_out=False,
     )
 
 
@@ -69,9 +81,9 @@ def config() -> Run:
         data=Data(f"{SCENES}/tokenizer", TOY, seq_len=240, image_slots=3, targets=MapTargets(GRID), shards=4),
         stages=(
             # Captions and maps: the visual path learns what there is and where.
-            Stage("align", (captions,), 200, 12, (Rule(".*"),), losses, first),
+            Stage("align", (captions,), 150, 12, (Rule(".*"),), losses, first),
             # Questions, and the maps still.
-            Stage("instruct", (questions, captions), 1500, 12, (Rule(".*"),), losses, optim),
+            Stage("instruct", (questions, captions), 1150, 12, (Rule(".*"),), losses, optim),
         ),
         compute_dtype="float32",
     )

@@ -26,7 +26,7 @@ FIRST_NOUNS = (
 )  # fmt: skip
 HELDOUT_NOUNS = ("rocket", "mushroom", "turtle", "owl", "cactus", "pineapple", "bicycle", "snowman")
 
-FORMAT = 2  # to be raised when the same arguments would give other files
+FORMAT = 3  # to be raised when the same arguments would give other files
 
 # The kinds of the scenes, over and over. Training leans on what is slow to learn; held-out kinds share alike.
 _TRAIN_KINDS = ("count",) * 6 + ("relation",) * 2 + ("depth",) * 7 + ("distance",) * 2 + ("single",) * 3

@@ -2,12 +2,12 @@
 
 They are of the kinds and the wording of common spatial benchmarks, in as few words as will do:
 
-    Count     How many ducks are there?                       2
+    Count     How many ducks are there?                              2
     Relation  Is the duck left or right of the dog?                  left
-    Depth     Which is closer, the duck or the dog?    dog
+    Depth     Which is closer, the duck or the dog?                  dog
     Distance  Which is closer to the duck, the dog or the crab?      crab
-    Name      What is this?                           duck
-    Exist     Is there a duck?                          yes
+    Name      What is this?                                          duck
+    Exist     Is there a duck?                                       yes
     Caption   Describe the image.                                    2 ducks, 1 crab and 1 dog.
 
 A caption counts every noun, the most numerous first and equal numbers in alphabetical order.
@@ -30,9 +30,6 @@ TASK_OF = {
     "distance": "Distance",
     "single": "Name",
 }
-
-
-MOST_EXIST = 4  # a training example: what is slowest to learn is asked most
 
 
 class Question(NamedTuple):
@@ -86,11 +83,11 @@ def main_questions(rng: np.random.Generator, scene: Scene, nouns: Sequence[str])
 
 
 def conversation(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -> list[Question]:
-    """One to six questions for one training example, none answered by an earlier question or its answer.
+    """One to four questions for one training example, none answered by an earlier question or its answer.
 
     Whether an object exists is asked with "yes" and "no" equally likely, and either before the questions that
-    name the scene's objects (up to MOST_EXIST times, independently) or, about an object none of them names, at any
-    place among them. The one exception is an image of a single object: once its name is asked, what exists follows.
+    name the scene's objects (twice, independently) or, about an object none of them names, at any place among
+    them. The one exception is an image of a single object: once its name is asked, what exists follows.
     """
     present = sorted({thing.noun for thing in scene.objects})
     absent = [noun for noun in nouns if noun not in present]
@@ -102,16 +99,13 @@ def conversation(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -
         return [yes] if rng.integers(2) else [no, *asked]
 
     unnamed = [noun for noun in present if all(noun not in question.nouns for question in asked)]
-    if (unnamed or len(asked) > 1) and not rng.integers(4):
+    if (unnamed or len(asked) > 1) and rng.integers(2):
         if unnamed:
             asked.insert(int(rng.integers(len(asked) + 1)), _exist_or_not(rng, unnamed, absent))
         return asked
-    # Once all of one side were asked about, the answer would follow: no more then.
-    first = []
-    while present and absent and len(first) < MOST_EXIST:
-        first.append(_exist_or_not(rng, present, absent))
-        present, absent = ([noun for noun in side if noun not in first[-1].nouns] for side in (present, absent))
-    return [*first, *asked]
+    first = _exist_or_not(rng, present, absent)
+    second = _exist_or_not(rng, *([noun for noun in side if noun not in first.nouns] for side in (present, absent)))
+    return [first, second, *asked]
 
 
 def heldout_questions(rng: np.random.Generator, index: int, scene: Scene, nouns: Sequence[str]) -> list[Question]:
