@@ -47,12 +47,18 @@ def covered():
 
 
 def check_pass(tokens: np.ndarray, grads: dict, model: MLLM) -> None:
-    """The promised shape, finite numbers, and every parameter moves the tokens."""
+    """The promised shape, finite numbers, and every parameter moves the tokens.
+
+    Those of an attention whose softmax random weights saturate move them little: there the bound is ten times the
+    rounding noise, which the gradient of the keys' bias is.
+    """
     assert tokens.shape == (zoo.IMAGES, model.layout.block, zoo.LLM)
     assert np.isfinite(tokens).all()
+    noise = {path.removesuffix("k/bias"): np.abs(g).max() for path, g in grads.items() if path.endswith("/k/bias")}
     for path, g in grads.items():
         assert np.isfinite(g).all(), path
-        assert STILL.search(path) or np.abs(g).max() > 1e-4, path
+        bound = max((10 * n for attention, n in noise.items() if path.startswith(attention)), default=1e-4)
+        assert STILL.search(path) or np.abs(g).max() > bound, path
 
 
 def test_every_part_runs_and_trains(covered):
