@@ -116,23 +116,25 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.sharding.reshard(x, spec(*names)) if has_mesh() else x
 
 
-def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:
-    """Shards a fresh weight by its logical names; small ones are replicated over fsdp.
-
-    Raises ValueError, naming the tensor, its shape and the axis, if a dimension does not divide.
-    """
-    if not has_mesh():
-        return x
+def check_split(what: str, shape: tuple[int, ...], names: tuple[str | None, ...]) -> None:
+    """Raises ValueError, naming the tensor, its shape and the axis, if a dimension does not divide over the mesh."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    names = tuple(None if name == "embed" and x.size < MIN_FSDP_SIZE else name for name in names)
     for i, name in enumerate(names):
         axes = RULES.get(name, ())
         parts = math.prod(sizes[a] for a in axes)
-        if x.shape[i] % parts:
+        if shape[i] % parts:
             raise ValueError(
-                f"{path} {x.shape}: dimension {i} ({name}, {x.shape[i]}) does not divide over mesh axis "
-                f"{' x '.join(axes)} of size {parts}; change the mesh or the model size"
+                f"{what} {shape}: dimension {i} ({name}, {shape[i]}) does not divide over mesh axis "
+                f"{' x '.join(axes)} of size {parts}; change the mesh or that size"
             )
+
+
+def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:
+    """Shards a fresh weight by its logical names; small ones are replicated over fsdp. Raises like `check_split`."""
+    if not has_mesh():
+        return x
+    names = tuple(None if name == "embed" and x.size < MIN_FSDP_SIZE else name for name in names)
+    check_split(path, x.shape, names)
     return shard(x, *names)
 
 
@@ -164,6 +166,16 @@ def reshape(x: jax.Array, *shape: int) -> jax.Array:
 def reshape_to(x: jax.Array, shape: tuple[int, ...], *names: str | None) -> jax.Array:
     """Reshapes to dimensions whose logical names are given; the split of the data must not change by it."""
     return jax.lax.reshape(x, shape, out_sharding=spec(*names)) if has_mesh() else x.reshape(shape)
+
+
+def repeat_rows(x: jax.Array, *lead: int) -> jax.Array:
+    """x [...] -> [*lead, ...], lead[0] being batch rows: a learned table put into every row.
+
+    The split is part of the broadcast. Resharding a finished broadcast would gather the gradients of all rows, instead
+    of adding them up where they are.
+    """
+    names = spec("batch", *[None] * (len(lead) + x.ndim - 1)) if has_mesh() else None
+    return jax.lax.broadcast(x, lead, out_sharding=names)
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
