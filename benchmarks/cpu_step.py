@@ -85,7 +85,9 @@ def theirs(case: Case) -> transformers.LlavaForConditionalGeneration:
     text = transformers.LlamaConfig(
         hidden_size=case.width, vocab_size=case.vocab, rms_norm_eps=1e-5, rope_theta=10000.0, **sizes
     )
-    config = transformers.LlavaConfig(vision, text, image_token_id=IMAGE, vision_feature_layer=-1)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1
+    )
     torch.manual_seed(0)
     return transformers.LlavaForConditionalGeneration(config).train()
 
