@@ -23,7 +23,7 @@ class Reporter:
     spent waiting for data, time left.
     """
 
-    def __init__(self, workdir: str, stage: str, steps: int, active: bool = True, parts: int = 1):
+    def __init__(self, workdir: str, stage: str, steps: int, active: bool, parts: int):
         self.stage, self.steps, self.active, self.parts = stage, steps, active, parts
         self.terminal = sys.stderr.isatty()
         self.last: int | None = None  # step that was written last

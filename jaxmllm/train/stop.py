@@ -37,7 +37,8 @@ class StopSignal:
     def _tell(self, *_) -> None:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on to the others
-        self.told = jax.process_count() == 1
+        else:
+            self.told = True
 
     def __exit__(self, *_) -> None:
         for number, handler in self.old.items():
