@@ -52,6 +52,14 @@ def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     top = argparse.ArgumentParser("jaxmllm", description="Train, ask and measure multimodal language models.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    words = {
+        "nargs": "+",
+        "action": "extend",
+        "default": [],
+        "metavar": "a.b=c",
+        "help": "override fields of the config",
+    }
+    distributed = {"action": "store_true", "help": "join the other hosts of a pod slice"}
 
     def command(name, run, text, into=commands):
         sub = into.add_parser(name, help=text, description=text)
@@ -60,32 +68,30 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("train", train, "train a config, or resume it: the same command again goes on where it stopped")
     sub.add_argument("config", metavar="FILE.py[:variant]")
-    sub.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config"
-    )
+    sub.add_argument("--set", **words)
     sub.add_argument("--workdir", help="where everything goes (default: runs/NAME)")
-
-    sub.add_argument("--distributed", action="store_true", help="join the other hosts of a pod slice")
+    sub.add_argument("--distributed", **distributed)
 
     sub = command("eval", evaluate, "ask a checkpoint a question set in CV-Bench's row format")
     sub.add_argument("workdir")
     sub.add_argument("--rows", required=True, help="JSONL file of rows")
     sub.add_argument("--train-rows", required=True, help="rows that the reference that does not look learns from")
     sub.add_argument("--out", help="JSON file to write (default: WORKDIR/eval.json)")
+    sub.add_argument("--set", **words)
+    sub.add_argument("--distributed", **distributed)
 
     sub = command("chat", chat, "talk to a checkpoint about a picture")
     sub.add_argument("workdir")
     sub.add_argument("--image", help="picture file")
     sub.add_argument("--prompt", help="one question; without it you are asked for them")
+    sub.add_argument("--set", **words)
 
     sub = command("plan", plan, "compile a config for a TPU slice nobody holds: memory, cycles, traffic, predicted MFU")
     sub.add_argument("config", metavar="FILE.py[:variant]")
     sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v4, v5e, v5p, v6e or tpu7x; v5p:4x4x4")
     sub.add_argument("--slices", type=int, default=1, help="slices joined by the data-centre network (mesh.slice)")
     sub.add_argument("--stage", help="plan this stage only")
-    sub.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config"
-    )
+    sub.add_argument("--set", **words)
     sub.add_argument("--json", metavar="FILE", help="write all figures")
     sub.add_argument("--compare", metavar="OTHER", help="another config, or the JSON of a plan, to print beside it")
 
@@ -94,9 +100,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", help="default: the last")
     sub.add_argument("--steps", type=int, default=20)
     sub.add_argument("--real", action="store_true", help="read the config's data; else one random batch")
-    sub.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override fields of the config"
-    )
+    sub.add_argument("--distributed", **distributed)
+    sub.add_argument("--set", **words)
     sub.add_argument("--json", metavar="FILE", help="write all figures")
 
     data = command("data", None, "make, check and convert data sets").add_subparsers(required=True, metavar="COMMAND")
@@ -120,21 +125,28 @@ def parser() -> argparse.ArgumentParser:
 def train(args: argparse.Namespace) -> None:
     """Trains a config; resumes if the workdir has a checkpoint."""
     from jaxmllm import config as configs
+    from jaxmllm.train.cache import use_compile_cache
 
     run = configs.override(configs.load(args.config), args.set)
     workdir = args.workdir or f"runs/{run.name}"
-    use_compile_cache(workdir)
-    from jaxmllm import mesh
+    use_compile_cache(f"{workdir}/xla_cache")
     from jaxmllm.data.build import check_data, make_loader
     from jaxmllm.train import loop, stop
 
-    if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        mesh.start_processes()
+    join_processes(args)
     check_data(run)
     try:
         loop.run(run, workdir, lambda stage: make_loader(run, stage, workdir))
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Waits for the other processes, if the command is to run in several."""
+    if args.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        from jaxmllm import mesh
+
+        mesh.start_processes()
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -174,6 +186,9 @@ def bench(args: argparse.Namespace) -> None:
     if args.stage and args.stage not in stages:
         raise configs.ConfigError(f"--stage {args.stage}: {run.name} has the stages {', '.join(stages)}")
     stage = stages[args.stage or run.stages[-1].name]
+    join_processes(args)
+    import jax
+
     with contextlib.ExitStack() as stack:
         batches = None
         if args.real:
@@ -181,6 +196,8 @@ def bench(args: argparse.Namespace) -> None:
             stack.callback(loader.close)
             batches = (rows for rows, _ in loader)
         found = benching.bench(run, stage, args.steps, batches)
+    if jax.process_index() > 0:
+        return
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     for name, value in found.items():
@@ -190,25 +207,23 @@ def bench(args: argparse.Namespace) -> None:
             print(f"  {part:<30}{share:,.4g}")
 
 
-def use_compile_cache(workdir: str) -> None:
-    """Keeps compiled programs in the workdir (or JAX_COMPILATION_CACHE_DIR), so a second start need not compile."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "xla_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def evaluate(args: argparse.Namespace) -> None:
     """Prints a table by question kind; writes a JSON file and a sheet of scenes."""
-    use_compile_cache(args.workdir)
+    from jaxmllm.train.cache import use_compile_cache
+
+    use_compile_cache(f"{args.workdir}/xla_cache")
+    join_processes(args)
+    import jax
+
     from jaxmllm.eval import benchmark
     from jaxmllm.eval.model import Model
     from jaxmllm.eval.sheet import draw_sheet
 
     rows, train_rows = benchmark.read_rows(args.rows), benchmark.read_rows(args.train_rows)
-    result = benchmark.evaluate(Model(args.workdir, max_new_tokens=16).ask, rows, train_rows)
+    result = benchmark.evaluate(Model(args.workdir, 16, args.set).ask, rows, train_rows)
     replies = result.pop("replies")
+    if jax.process_index() > 0:
+        return
     out = Path(args.out or f"{args.workdir}/eval.json")
     out.write_text(json.dumps(result | training_cost(args.workdir), indent=1) + "\n")
     draw_sheet(rows, replies, str(out.with_suffix(".png")))
@@ -234,13 +249,15 @@ def training_cost(workdir: str) -> dict[str, float]:
 
 def chat(args: argparse.Namespace) -> None:
     """One question, or a conversation until end of input."""
-    use_compile_cache(args.workdir)
+    from jaxmllm.train.cache import use_compile_cache
+
+    use_compile_cache(f"{args.workdir}/xla_cache")
     from jaxmllm.data.templates import IMAGE
     from jaxmllm.eval.model import Model
 
     if args.image and not Path(args.image).is_file():
         raise FileNotFoundError(f"no picture {args.image!r}")
-    model, turns = Model(args.workdir), []
+    model, turns = Model(args.workdir, words=args.set), []
     lead = f"{IMAGE}\n" if args.image else ""
     while True:
         try:

@@ -18,6 +18,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 
 import jax
@@ -82,23 +83,49 @@ class Mesh:
         return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def start_processes(timeout: int = 1800) -> None:
+def start_processes(timeout: float = 1800) -> None:
     """Joins the processes of a pod slice, or those named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
-    Says first what it waits for, since this is where a start can hang. timeout: seconds.
+    Says first what it waits for, since this is where a start can hang. If not all have come after `timeout` seconds, it
+    says so in one line and ends this process with exit code 1.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    if address and not (count and index):
+        raise ValueError("JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID as well")
     place = f"process {index} of {count} on {socket.gethostname()}, coordinator {address}"
     place = place if address else f"a process on {socket.gethostname()}, coordinator and number from the platform"
-    print(
-        f"{time.strftime('%H:%M:%S')} {place}: waiting for the others (up to {timeout} s)",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"{place}: waiting for the others (up to {timeout:g} s)")
+
+    def give_up():
+        say(f"{place}: not all came within {timeout:g} s; {who_is_missing(address)}")
+        os._exit(1)
+
+    # JAX's own time-out, a little later, is an abort with a stack trace.
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
     given = dict(coordinator_address=address, num_processes=int(count), process_id=int(index)) if address else {}
-    jax.distributed.initialize(initialization_timeout=timeout, **given)
-    print(f"{time.strftime('%H:%M:%S')} all {jax.process_count()} are here", file=sys.stderr, flush=True)
+    jax.distributed.initialize(initialization_timeout=math.ceil(timeout) + 60, **given)
+    timer.cancel()
+    say(f"all {jax.process_count()} are here")
+
+
+def who_is_missing(address: str | None) -> str:
+    """What to look at when processes do not find each other."""
+    if not address:
+        return "see whether the command runs on every host of the slice"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        return f"the coordinator does not answer ({error}): is process 0 running, and its port open to this host?"
+    return "the coordinator answers: another process has not been started, or does not reach it"
+
+
+def say(text: str) -> None:
+    """A line with the time, at once."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def spec(*names: str | None) -> P:
@@ -116,23 +143,25 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.sharding.reshard(x, spec(*names)) if has_mesh() else x
 
 
-def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:
-    """Shards a fresh weight by its logical names; small ones are replicated over fsdp.
-
-    Raises ValueError, naming the tensor, its shape and the axis, if a dimension does not divide.
-    """
-    if not has_mesh():
-        return x
+def check_split(what: str, shape: tuple[int, ...], names: tuple[str | None, ...]) -> None:
+    """Raises ValueError, naming the tensor, its shape and the axis, if a dimension does not divide over the mesh."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    names = tuple(None if name == "embed" and x.size < MIN_FSDP_SIZE else name for name in names)
     for i, name in enumerate(names):
         axes = RULES.get(name, ())
         parts = math.prod(sizes[a] for a in axes)
-        if x.shape[i] % parts:
+        if shape[i] % parts:
             raise ValueError(
-                f"{path} {x.shape}: dimension {i} ({name}, {x.shape[i]}) does not divide over mesh axis "
-                f"{' x '.join(axes)} of size {parts}; change the mesh or the model size"
+                f"{what} {shape}: dimension {i} ({name}, {shape[i]}) does not divide over mesh axis "
+                f"{' x '.join(axes)} of size {parts}; change the mesh or that size"
             )
+
+
+def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:
+    """Shards a fresh weight by its logical names; small ones are replicated over fsdp. Raises like `check_split`."""
+    if not has_mesh():
+        return x
+    names = tuple(None if name == "embed" and x.size < MIN_FSDP_SIZE else name for name in names)
+    check_split(path, x.shape, names)
     return shard(x, *names)
 
 
@@ -166,6 +195,16 @@ def reshape_to(x: jax.Array, shape: tuple[int, ...], *names: str | None) -> jax.
     return jax.lax.reshape(x, shape, out_sharding=spec(*names)) if has_mesh() else x.reshape(shape)
 
 
+def repeat_rows(x: jax.Array, *lead: int) -> jax.Array:
+    """x [...] -> [*lead, ...], lead[0] being batch rows: a learned table put into every row.
+
+    The split is part of the broadcast. Resharding a finished broadcast would gather the gradients of all rows, instead
+    of adding them up where they are.
+    """
+    names = spec("batch", *[None] * (len(lead) + x.ndim - 1)) if has_mesh() else None
+    return jax.lax.broadcast(x, lead, out_sharding=names)
+
+
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] -> [parts, B/parts, ...]: part i takes rows i, i + parts, .., so every device keeps its own rows."""
     return reshape(x, x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
@@ -193,11 +232,35 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
+def own_part(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which part of the rows a process (default: this one) reads, of how many.
+
+    Processes whose devices hold the same rows, since tensor or context goes across them, read the same part. Raises
+    ValueError if processes share some of their rows only.
+    """
+    shards = mesh.devices.reshape(data_shards(mesh), -1)
+    held: dict[int, set[int]] = {}
+    for shard, devices in enumerate(shards):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(shards):
+        raise ValueError(f"mesh {dict(mesh.shape)}: processes share some of their rows; let data x fsdp divide evenly")
+    own = held[jax.process_index() if process is None else process]
+    return parts.index(tuple(sorted(own))), len(parts)
+
+
 def to_global(batch, mesh: jax.sharding.Mesh):
-    """A pytree of this process's rows (numpy) -> global arrays. Each process passes its own part of the batch."""
+    """A pytree of this process's rows (numpy) -> global arrays. Each process passes its own part (`own_part`)."""
     sharding = batch_sharding(mesh)
     with jax.transfer_guard_host_to_device("allow"):  # with several processes this counts as an implicit copy
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def from_whole(batch, mesh: jax.sharding.Mesh):
+    """A pytree of all rows (numpy), the same in every process -> global arrays, rows in this order."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
 
 
 def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

@@ -102,8 +102,7 @@ class MLLM(nn.Module):
         chex.assert_shape(block, (b * slots, layout.tokens.count, layout.tokens.width))
         if self.distill:
             tasks = jnp.concatenate([teacher.task_tokens() for teacher in self.distill.values()]).astype(block.dtype)
-            tasks = jnp.broadcast_to(tasks, (block.shape[0], *tasks.shape))
-            block = jnp.concatenate([block, mesh.shard(tasks, "batch", None, None)], 1)
+            block = jnp.concatenate([block, mesh.repeat_rows(tasks, block.shape[0])], 1)
         block = mesh.reshape(block, b, slots * layout.block, block.shape[-1])
         grid, columns = layout.tokens.grid, layout.tokens.columns
         return block, Visual(tokens.memory, batch.visual_positions, batch.visual_index, grid, columns)

@@ -1,6 +1,7 @@
 """Shared fixtures: a small data set made once, and the command line in a process of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,37 @@ def settings(scenes: Path, config: str = "configs/toy.py:tiny", **values) -> lis
         **values,
     }
     return [config, "--set", *(f"{key}={value}" for key, value in values.items())]
+
+
+def start_processes(count: int, devices: int, *words, prefix: tuple[str, ...] = ("-m", "jaxmllm.main")) -> list:
+    """Starts `python -m jaxmllm.main WORDS` in processes that find each other, each with so many CPU devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *prefix, *map(str, words)],
+            cwd=ROOT,
+            env={**os.environ, **common, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes: list) -> list[tuple[str, str]]:
+    """Waits for processes, all of which must succeed: (stdout, stderr) of each."""
+    said = [process.communicate(timeout=900) for process in processes]
+    assert not any(process.returncode for process in processes), said
+    return said
 
 
 def jaxmllm(*words, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def test_kill_and_resume_is_bit_equal(scenes, tmp_path):
     process.wait()
     assert (killed / "align" / "checkpoints" / "2").is_dir()
     assert not (killed / "instruct").exists()
-    jaxmllm("train", *words, "--workdir", killed)
+    again = jaxmllm("train", *words, "--workdir", killed).stderr
+    assert re.search(r"first step after [\d.]+ s \(\d+ programs from the cache, \d+ s saved\)", again), again
     for stage in ("align", "instruct"):
         step, state, data = newest_state(tmp_path / "straight", stage)
         step2, state2, data2 = newest_state(killed, stage)

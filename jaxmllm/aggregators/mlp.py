@@ -47,8 +47,7 @@ def lay_out(cells: jax.Array, newline: bool, extra: jax.Array | None = None) -> 
     n, rows, _, h = cells.shape
     if newline:
         newline = Table((h,), normal(h**-0.5), name="newline")().astype(cells.dtype)
-        column = mesh.shard(jnp.broadcast_to(newline, (n, rows, 1, h)), "batch", None, None, None)
-        cells = jnp.concatenate([cells, column], 2)
+        cells = jnp.concatenate([cells, mesh.repeat_rows(newline, n, rows, 1)], 2)
     tokens = mesh.reshape(cells, n, rows * cells.shape[2], h)
     return tokens if extra is None else jnp.concatenate([tokens, extra], 1)
 

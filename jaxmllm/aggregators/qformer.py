@@ -47,7 +47,7 @@ class QFormer(nn.Module):
         x, mask = (jnp.concatenate(part, 1) for part in zip(*parts))
         init = normal(0.02)
         z = Table((self.tokens, self.width), init, name="queries")().astype(x.dtype)
-        z = mesh.shard(jnp.broadcast_to(z, (x.shape[0], *z.shape)), "batch", None, None)
+        z = mesh.repeat_rows(z, x.shape[0])
         z = Norm(eps=self.eps, name="norm")(z)
         for i in range(self.depth):
             attend = [

@@ -59,7 +59,7 @@ class Resampler(nn.Module):
         own = mesh.shard(jnp.ones((x.shape[0], self.tokens), bool), "batch", None)
         mask = jnp.concatenate([*seen, own], 1)
         z = Table((self.tokens, self.width), normal(1.0), name="latents")().astype(x.dtype)
-        z = mesh.shard(jnp.broadcast_to(z, (x.shape[0], *z.shape)), "batch", None, None)
+        z = mesh.repeat_rows(z, x.shape[0])
         for i in range(self.depth):
             attend = CrossAttention(self.heads, self.head_dim, use_bias=False, name=f"attn_{i}")
             a, b = Norm(name=f"norm_x_{i}")(x), Norm(name=f"norm_z_{i}")(z)

@@ -140,8 +140,7 @@ class SVA(nn.Module):
         queries = Table((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
         outputs = []
         for g, side in enumerate(self.sides):
-            x = jnp.broadcast_to(queries[g].astype(context.dtype), (context.shape[0], side, side, self.width))
-            x = mesh.shard(x, "batch", None, None, None)
+            x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side, side)
             for layer in range(self.depth):
                 x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, memory)
             outputs.append(resize(x, self.grid, self.grid))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import jax
-
+from jaxmllm import mesh
 from jaxmllm.config import ConfigError, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
@@ -31,6 +30,7 @@ def check_data(run: Run) -> None:
 
 def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
     """This process's share of the batches of a stage; unusable samples are noted in WORKDIR/bad_samples.jsonl."""
+    index, count = mesh.own_part(run.mesh.build())
     return Loader(
         [(open_source(source.path, source.image_root), source.weight) for source in stage.sources],
         sample_spec(run),
@@ -39,6 +39,6 @@ def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
         num_shards=run.data.shards,
         seed=run.seed,
         packing=run.data.packing,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )

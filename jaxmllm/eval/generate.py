@@ -18,7 +18,7 @@ from jaxmllm.batch import Batch
 
 
 def make_generate(model, max_new_tokens: int, stop_token: int) -> Callable:
-    """-> jitted generate(params, batch) -> int32[B, max_new_tokens], stop_token after the end.
+    """-> jitted generate(params, batch) -> int32[B, max_new_tokens] on every device, stop_token after the end.
 
     batch: rows of one left-padded prompt each (`left_pad`). Recompiles only for another batch shape.
     """
@@ -46,7 +46,7 @@ def make_generate(model, max_new_tokens: int, stop_token: int) -> Callable:
 
         out = mesh.shard(jnp.full((b, max_new_tokens), stop_token, jnp.int32), "batch", None)
         carry = (jnp.int32(0), first, first == stop_token, cache, out)
-        return jax.lax.while_loop(unfinished, step, carry)[-1]
+        return mesh.shard(jax.lax.while_loop(unfinished, step, carry)[-1], None, None)
 
     return generate
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import mesh as meshes
-from jaxmllm.config import ConfigError, Run, from_json
+from jaxmllm.config import ConfigError, Run, from_json, override
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.loader import join
 from jaxmllm.data.samples import make_sample
@@ -28,11 +28,13 @@ BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are
 class Model:
     """The newest checkpoint of a workdir, ready to answer.
 
+    Several processes must all ask the same, and all get the answers.
     Raises ConfigError if `workdir` holds no run or no checkpoint.
     """
 
-    def __init__(self, workdir: str, max_new_tokens: int = 32):
-        self.config = read_config(workdir)
+    def __init__(self, workdir: str, max_new_tokens: int = 32, words: Sequence[str] = ()):
+        """words: assignments to the run's config, such as "mesh.fsdp=1" for other devices than it was trained on."""
+        self.config = override(read_config(workdir), list(words))
         self.spec = dataclasses.replace(sample_spec(self.config), targets=None)
         self.tokenizer = self.spec.tokenizer
         self.mesh = self.config.mesh.build()
@@ -62,7 +64,7 @@ class Model:
         rows += rows[:1] * (-(-max(batch, len(rows)) // shards) * shards - len(rows))
         with jax.set_mesh(self.mesh):
             prompts, _ = join(rows, dataclasses.replace(self.spec, seq_len=length))
-            tokens = jax.device_get(self.generate(self.params, meshes.to_global(left_pad(prompts), self.mesh)))
+            tokens = jax.device_get(self.generate(self.params, meshes.from_whole(left_pad(prompts), self.mesh)))
         return [self.tokenizer.decode(row).strip() for row in tokens[: len(samples)].tolist()]
 
 

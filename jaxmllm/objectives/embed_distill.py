@@ -130,8 +130,7 @@ class EmbedDistill(nn.Module):
             return mesh.reshape(found, b, slots, index.shape[2], self.width)
 
         if self.pooled:
-            table = self.table().astype(states.dtype)
-            queries = mesh.shard(jnp.broadcast_to(table, (b, slots, *table.shape)), "batch", None, None, None)
+            queries = mesh.repeat_rows(self.table().astype(states.dtype), b, slots)
         else:
             queries = fit_queries(at(places), self.queries)
         if self.aligned:

@@ -96,19 +96,24 @@ def compile_stage(run: Run, stage: Stage, topology: Topology) -> Program:
         limit = topology.chip.hbm_usable
         try:
             compiled = lowered.compile()
-            stats, text = compiled.memory_analysis(), compiled.as_text()
-            total = (
-                stats.argument_size_in_bytes
-                + stats.output_size_in_bytes
-                - stats.alias_size_in_bytes
-                + stats.temp_size_in_bytes
-                + stats.generated_code_size_in_bytes
-            )
+            total, text = peak_bytes(compiled), compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
             total, limit = memory_error(str(error), sum(parts.values()))
             text = ""
     memory = Memory(total, limit, **parts, scratch=max(0, total - sum(parts.values())))
     return Program(text, memory, mesh.devices, time.perf_counter() - start)
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory of a device that a program needs, its arguments included."""
+    stats = compiled.memory_analysis()
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
 
 
 def memory_error(message: str, arguments: int) -> tuple[int, int]:

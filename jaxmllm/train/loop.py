@@ -41,7 +41,7 @@ def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any]) -> None:
 
 def run_stage(config: Run, stage: Stage, mesh, workdir, checkpoints, previous, make_loader, stop) -> None:
     """Sets a stage up, trains it, and leaves everything written and closed."""
-    reporter = Reporter(workdir, stage.name, stage.steps, jax.process_index() == 0)
+    reporter = Reporter(workdir, stage.name, stage.steps, jax.process_index() == 0, meshes.own_part(mesh)[1])
     loader = make_loader(stage)
     try:
         state, position, step = start_stage(config, stage, mesh, checkpoints, previous)

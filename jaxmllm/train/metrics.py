@@ -9,21 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 from tensorboardX import SummaryWriter
+
+from jaxmllm.train.cache import from_cache
 
 STARTED = time.perf_counter()  # about when the process did
 
 
 class Reporter:
-    """Collects the steps of one stage; only process 0 writes.
+    """Collects the steps of one stage; only the `active` process writes. parts: of the rows, one of which is its own.
 
     A step's line: loss, milliseconds per step, tokens and images per second (of the whole run), share of the time
     spent waiting for data, time left.
     """
 
-    def __init__(self, workdir: str, stage: str, steps: int, active: bool = True):
-        self.stage, self.steps, self.active = stage, steps, active
+    def __init__(self, workdir: str, stage: str, steps: int, active: bool, parts: int):
+        self.stage, self.steps, self.active, self.parts = stage, steps, active, parts
         self.terminal = sys.stderr.isatty()
         self.last: int | None = None  # step that was written last
         self.window_start = time.perf_counter()
@@ -35,15 +36,15 @@ class Reporter:
     def first_step(self) -> None:
         """The first step is dispatched: everything is compiled, and the speed is measured from here on."""
         self.window_start = time.perf_counter()
-        self.say(f"first step after {self.window_start - STARTED:.1f} s")
+        cached = from_cache()
+        self.say(f"first step after {self.window_start - STARTED:.1f} s" + f" ({cached})" * bool(cached))
 
     def count(self, info: dict[str, Any], wait: float) -> None:
         """One dispatched step: what the loader says of this process's rows, seconds waited for them."""
-        share = jax.process_count()
         counted = {
             "steps": 1,
-            "tokens": share * info["tokens"],
-            "images": share * info["images"],
+            "tokens": self.parts * info["tokens"],
+            "images": self.parts * info["images"],
             "wait": wait,
         }
         for key, value in counted.items():

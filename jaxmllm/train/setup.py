@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import Run, Stage, check_resumable, to_json
+from jaxmllm.config import ConfigError, Run, Stage, check_resumable, to_json
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
 from jaxmllm.train.compiler import options
 from jaxmllm.train.optim import optimizer
@@ -53,9 +53,13 @@ def abstract_batch(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> Batch:
 def stage_program(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[Params, Callable, Callable]:
     """-> (abstract parameters with shardings, fresh: parameters -> TrainState, jitted step). Nothing is allocated.
 
-    Raises ConfigError if the stage's rules do not cover the parameters.
+    Raises ConfigError if the stage's rules do not cover the parameters, ValueError if rows do not divide over the mesh.
     """
     dtype = jnp.dtype(config.compute_dtype)
+    if stage.rows % stage.accumulate:
+        raise ConfigError(f"stages.{stage.name}: rows {stage.rows} do not divide by accumulate {stage.accumulate}")
+    micro = stage.rows // stage.accumulate, config.data.seq_len
+    meshes.check_split(f"stages.{stage.name}: tokens of a micro-batch", micro, ("batch", "length"))
     abstract = abstract_on(mesh, jax.eval_shape(lambda: initial_params(config)))
     table = match_rules(stage.rules, list(abstract))
     tx = optimizer(stage.optim, stage.steps, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import jax
@@ -25,7 +26,7 @@ class StopSignal:
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`; every process must ask at every step."""
         if jax.process_count() > 1:
-            return self.told or multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(step)
         return self.told
 
     def __enter__(self) -> StopSignal:
@@ -34,7 +35,10 @@ class StopSignal:
         return self
 
     def _tell(self, *_) -> None:
-        self.told = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on to the others
+        else:
+            self.told = True
 
     def __exit__(self, *_) -> None:
         for number, handler in self.old.items():

@@ -1,0 +1,155 @@
+"""The tiny recipe on simulated devices: the same loss and gradients on every mesh, and what its program sends.
+
+The fast case uses all four axes at once, rematerialises and scans; the long ones are the whole matrix.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxmllm import mesh as meshes
+from jaxmllm.config import load, override
+from jaxmllm.train.setup import stage_program
+from tests import equal_meshes
+from tests.conftest import ROOT
+
+# Programs are compiled without XLA's costly passes: the partitioner, which is what is tested, comes before them.
+FLAGS = (
+    "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+FAST = "data=2,fsdp=2,tensor=2,context=2/remat/scan"
+SINGLE = [f"{axis}={n}" for axis in ("data", "fsdp", "tensor", "context") for n in (1, 2, 4, 8)]
+JOINT = [
+    "data=2,fsdp=2,tensor=2",
+    "fsdp=2,context=4",
+    "data=4,tensor=2",
+    "tensor=2,context=4",
+    "slice=2,fsdp=2,tensor=2",
+]
+WAYS = ["fsdp=1/remat", "fsdp=1/scan", "fsdp=1/rows", "fsdp=1/parts", "fsdp=8/remat", "tensor=8/scan",
+        "context=8/remat/scan", "data=2,fsdp=2,tensor=2/rows", "fsdp=2,context=4/parts"]  # fmt: skip
+
+# Loss and gradients are sums of up to 1e5 terms in float32 (eps 1.2e-7), in another order on every mesh: apart by some
+# sqrt(n) eps at most. The gradient's bound is relative to the largest value of its leaf (of all leaves / 1000, if that
+# is more: a key's bias has the gradient 0). A sum that lacks a device or counts one twice is off by far more.
+LOSS, GRADIENT = 1e-6, 1e-5
+
+
+def compare(cases: list[str], devices: int) -> list[dict]:
+    """The lines of tests.equal_meshes."""
+    command = [sys.executable, "-m", "tests.equal_meshes", *cases]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS.format(devices)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["case"] for line in lines] == cases
+    return lines
+
+
+def check_equal(line: dict) -> None:
+    assert max(line["metrics"].values()) <= LOSS and line["gradient"][0] <= GRADIENT, line
+    assert line["metrics"].keys() >= {"loss", "next_token", "depth", "seg", "grad_norm"} and not line["zero"]
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """Lines of the fast case and of the wrong program."""
+    return compare([FAST, "wrong"], 16)
+
+
+def test_all_axes_at_once(fast):
+    check_equal(fast[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cases", [SINGLE, JOINT, WAYS], ids=["single", "joint", "ways"])
+def test_every_mesh(cases):
+    for line in compare(cases, 8):
+        check_equal(line)
+        assert not line["activations"], line
+
+
+# Weights split over fsdp that a stage gathers in one step: in the forward pass, and again for the backward pass where
+# blocks are computed again. A ViT block has q, k, v, out, up, down; a decoder block gate too.
+GATHERED = {
+    "encoder_clip": (2 * 6 + 1, 2 * 6),  # two layers and the patches' kernel
+    "encoder_dino": (2 * 6 + 1, 2 * 6),
+    "fuser_clip": (2 * 4, 0),  # two attentions: offsets, weights, values, output
+    "aggregator": (3 * 2 + 10, 0),  # three projectors of two layers, one SVA layer
+    "llm": (3 * 7 + 1, 3 * 7),  # three layers and the embedding
+    "llm_insert": (10, 0),  # one SVA layer
+    "next_token": (1, 0),  # the output table
+    "distill_depth": (5, 0),  # input projection, q, k, v, out
+    "distill_seg": (5, 0),
+}
+# Gradients of split weights that are summed over the data axes. On a TPU one a weight; the CPU's compiler sums the
+# gradients of a weight that is used twice one by one (input projection, k and v of both teachers' predictors).
+SUMMED = {"cpu": sum(n for n, _ in GATHERED.values()) + 2 * 3, "tpu": sum(n for n, _ in GATHERED.values())}
+# Activations that two looped blocks sum over tensor: forward (outputs of attention and MLP), repeated forward (that of
+# attention; the MLP's feeds nothing), backward (inputs of attention and MLP; the CPU's compiler sums those of q, k, v,
+# up and gate one by one).
+LOOPED = {
+    "cpu": {"llm": (4, 2, 10), "encoder_clip": (4, 2, 8), "encoder_dino": (4, 2, 8)},
+    "tpu": {"llm": (4, 2, 4), "encoder_clip": (4, 2, 4), "encoder_dino": (4, 2, 4)},
+}
+
+
+def check_sent(program: dict, kind: str) -> None:
+    """No activation crosses the data axes; weights are gathered and gradients summed as often as the tables say."""
+    assert not program["activations"]
+    assert {name: tuple(count) for name, count in program["gathered"].items()} == GATHERED
+    assert program["summed"] == SUMMED[kind]
+    assert {name: tuple(count) for name, count in program["looped"].items()} == LOOPED[kind]
+
+
+def test_what_is_sent(fast):
+    check_sent(fast[0], "cpu")
+
+
+def test_features_sent_across_data_shards_are_found(fast):
+    paths = fast[1]["activations"]
+    assert len(paths) == 3 and any("jvp(fuser_clip)" in path for path in paths)
+    assert any("transpose(jvp(aggregator))" in path for path in paths)  # the gradient of the table put into rows
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='needs the TPU compiler: pip install "jaxmllm[tpu]"'
+)
+def test_what_is_sent_on_a_tpu(monkeypatch):
+    from jaxmllm.plan.chips import topology
+    from jaxmllm.plan.compile import devices_of, prepare
+    from jaxmllm.train.compiler import options
+
+    prepare()
+    monkeypatch.setattr(meshes, "MIN_FSDP_SIZE", equal_meshes.SPLIT)
+    it = equal_meshes.program("data=2,fsdp=2,tensor=2/remat/scan", devices_of(topology("v5p:2x2x2")), options)
+    with jax.set_mesh(it.mesh):
+        text = it.lower().compile().as_text()
+    check_sent(equal_meshes.sent(it, text), "tpu")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["mesh.tensor=4"], "encoders_clip/blocks/layers/block/attn/q/kernel (32, 2, 1, 16): dimension 1 (heads, 2)"),
+        (["mesh.context=8", "data.seq_len=252"], "tokens of a micro-batch (8, 252): dimension 1 (length, 252)"),
+        (["mesh.data=8", "stages.instruct.accumulate=2"], "tokens of a micro-batch (4, 256): dimension 0 (batch, 4)"),
+    ],
+)
+def test_a_dimension_that_does_not_divide_is_named(words, says):
+    run = override(load("configs/toy.py:tiny"), ["mesh.fsdp=1", *words])
+    sizes = tuple(getattr(run.mesh, axis) for axis in meshes.AXES)
+    abstract = AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Explicit,) * len(sizes))
+    with jax.sharding.use_abstract_mesh(abstract), pytest.raises(ValueError) as error:
+        stage_program(run, run.stages[-1], abstract)
+    message = str(error.value)
+    assert says in message and f"mesh axis {words[0].split('.')[1].split('=')[0]}" in message.replace("slice x ", "")
