@@ -55,9 +55,11 @@ def splash(
 ) -> jax.Array:
     """JAX's splash attention; arguments and result as in dot_product_attention. interpret: on a CPU, slowly.
 
-    Rows are padded to whole blocks. A query of segment 0 sees the keys of segment 0. The backward pass is one kernel.
+    Rows are padded to whole blocks. A query of segment 0 sees the keys of segment 0. The backward pass is one kernel
+    of five products if it can hold all keys, else two of seven: the sum over blocks of keys that one kernel would leave
+    to XLA costs more than two products (docs/performance.md).
     """
-    (b, s, *heads, d), t, parts = q.shape, k.shape[1], mesh.parts(q, 1)
+    (b, s, _, group, d), t, parts = q.shape, k.shape[1], mesh.parts(q, 1)
     own_s = s // parts
     bq, bk = block(own_s), block(t)
     more_q, more_k = -own_s % bq, -t % bk
@@ -66,32 +68,40 @@ def splash(
     shape = (own_s + more_q, t + more_k)
     # Parts of a causal mask differ; all parts of a full one are the same.
     mask = library.CausalMask((parts * shape[0], shape[1])) if causal else library.FullMask(shape)
-    sizes = library.BlockSizes(
-        bq, bk, bk, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk, use_fused_bwd_kernel=True
-    )
-    kernel = library.make_splash_mha(
-        library.MultiHeadMask([mask] * math.prod(heads)),
+    if t + more_k <= 2 * MAX_BLOCK:  # one block of keys
+        back = dict(block_kv_dkv=t + more_k, use_fused_bwd_kernel=True)
+    else:
+        back = dict(block_kv_dkv=bk, block_q_dq=bq, block_kv_dq=bk)
+    sizes = library.BlockSizes(bq, bk, bk, block_q_dkv=bq, block_kv_dkv_compute=bk, **back)
+    kernel = library.make_splash_mqa(
+        library.MultiHeadMask([mask] * group),
         block_sizes=sizes,
-        head_shards=mesh.parts(q, 2),
+        head_shards=1,
         q_seq_shards=parts if causal else 1,
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
-    *_, length, head = jax.typeof(q).sharding.spec[:3]
-    specs = kernel.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), P(head, length if causal else None)))
+    length = jax.typeof(q).sharding.spec[1] if causal else None
+    specs = kernel.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), P(None, length)))
 
     def own(q, k, v, q_segments, kv_segments, kernel):
-        shape = q.shape
-        q, k, v = (x.reshape(*x.shape[:2], -1, d).swapaxes(1, 2) for x in (q * d**-0.5, k, v))
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))) for x, n in ((q, more_q), (k, more_k), (v, more_k)))
+        q, k, v = (q * d**-0.5).transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+        q, k, v = (pad(x, x.ndim - 2, n) for x, n in ((q, more_q), (k, more_k), (v, more_k)))
         ids = None
         if q_segments is not None:
-            pads = (q_segments, more_q, 0), (kv_segments, more_k, -1)
-            ids = library.SegmentIds(*(jnp.pad(x, ((0, 0), (0, n)), constant_values=c) for x, n, c in pads))
-        y = jax.vmap(kernel)(q, k, v, ids)
-        return y[:, :, : shape[1]].swapaxes(1, 2).reshape(shape)
+            ids = library.SegmentIds(pad(q_segments, 1, more_q), pad(kv_segments, 1, more_k, -1))
+        # Mapped over key heads, not given all of them: the two cores of a v4 or v5p share mapped dimensions, while the
+        # kernel's own heads all run on one in the backward pass.
+        y = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(q, k, v, ids)
+        return y[..., :own_s, :].transpose(0, 3, 1, 2, 4)
 
     return on_own_heads(own, q, k, v, q_segments, kv_segments, (kernel, specs))
+
+
+def pad(x: jax.Array, dimension: int, more: int, value: int = 0) -> jax.Array:
+    """x with `more` entries of `value` behind a dimension."""
+    widths = [(0, more if i == dimension else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if more else x
 
 
 def cudnn(
