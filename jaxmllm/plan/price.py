@@ -20,10 +20,13 @@ KERNEL_EFFICIENCY = 0.45  # share of peak of a hand-written kernel; assumed
 # (chip, head size) -> cycles of one core for one score of a block of 1024 x 1024, by kernel: what libtpu 0.0.42
 # schedules (benchmarks/splash_blocks.py), waiting for memory not included.
 SPLASH = {
-    ("v5p", 128): {"fwd": 6.43e-3, "dkv fused": 1.01e-2, "dkv": 8.36e-3, "dq": 6.35e-3},
+    ("v5p", 64): {"fwd": 6.60e-3, "dkv fused": 1.05e-2, "dkv": 8.43e-3, "dq": 6.31e-3},
+    ("v5p", 128): {"fwd": 6.43e-3, "dkv fused": 1.01e-2, "dkv": 8.31e-3, "dq": 6.37e-3},
     ("v6e", 64): {"fwd": 4.40e-3, "dkv fused": 6.47e-3, "dkv": 5.13e-3, "dq": 4.36e-3},
     ("v6e", 128): {"fwd": 4.45e-3, "dkv fused": 6.29e-3, "dkv": 5.07e-3, "dq": 4.24e-3},
 }
+# Chips whose kernels were not compiled: priced as one with the same matrix units.
+ALIKE = {"v4": "v5p", "v5e": "v5p", "tpu7x": "v6e"}
 
 MODELS = {
     "gather": f"rows x max({ROW_CYCLES} cycles, row bytes at HBM rate); twice for a scatter, which reads and writes",
@@ -174,5 +177,5 @@ def splash_cycles(each: Instruction, chip: Chip) -> float:
         blocks = sum(min(columns, math.ceil((i + 1) * bq / bk)) for i in range(rows))
     else:
         blocks = rows * columns
-    each_score = SPLASH[chip.name, 64 if d <= 64 else 128][name[1] + " fused" * fused] * max(1, d / 128)
-    return math.prod(query[:-2]) * blocks * bq * bk * each_score / chip.cores
+    scheduled = SPLASH[ALIKE.get(chip.name, chip.name), 64 if d <= 64 else 128][name[1] + " fused" * fused]
+    return math.prod(query[:-2]) * blocks * bq * bk * scheduled * max(1, d / 128) / chip.cores
