@@ -27,7 +27,9 @@ def model() -> MLLM:
         },
         fusers={"clip": MMFuser(), "dino": MMFuser()},
         aggregator=SVA(WIDTH, llm_width=4096, grid=GRID, depth=3),
-        llm=presets.llama3_8b(inserts=Inserts(start=0, stride=3, count=10), insert=SVALayer(WIDTH)),
+        llm=presets.llama3_8b(
+            inserts=Inserts(start=0, stride=3, count=10), insert=SVALayer(WIDTH), remat="projections"
+        ),
         distill={},
     )
 

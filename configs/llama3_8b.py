@@ -17,7 +17,7 @@ def config() -> Run:
     stage = Stage("text", (Source("data/text/train.jsonl"),), 10_000, 256, rules, {"next_token": 1.0}, optim)
     return Run(
         name="llama3_8b",
-        model=MLLM({}, {}, None, presets.llama3_8b(), {}),
+        model=MLLM({}, {}, None, presets.llama3_8b(remat="projections"), {}),
         data=Data("data/llama3/tokenizer", LLAMA3, seq_len=2048, image_slots=0),
         stages=(stage,),
     )

@@ -138,6 +138,19 @@ def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str:
+    """ "cpu", "gpu", "tpu": of the mesh's devices, be they real or a topology's; "" for an abstract mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else ""
+
+
+def parts(x: jax.Array, dimension: int) -> int:
+    """Into how many parts the mesh splits a dimension of x."""
+    axes = jax.typeof(x).sharding.spec[dimension] or ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Reshards `x` so that its dimensions are split as their logical names say."""
     return jax.sharding.reshard(x, spec(*names)) if has_mesh() else x

@@ -21,6 +21,7 @@ from jaxmllm import main, mesh
 from jaxmllm.plan import compile as compiling
 from jaxmllm.plan import flops, hlo, report
 from jaxmllm.plan.chips import CHIPS, topology
+from jaxmllm.plan.price import SPLASH
 from jaxmllm.plan.timeline import Timeline, phase, saved_bytes, stage
 from jaxmllm.plan.traffic import Network, first_group
 from jaxmllm.train.checkpoint import abstract_on
@@ -146,26 +147,30 @@ ENTRY %main (p: bf16[8]) -> bf16[8] {
         assert line.seconds == pytest.approx(seconds * max(1, share), rel=1e-3)
 
 
-def test_splash_attention_is_priced_by_its_shapes():
-    lines = [
-        f"  %{name} = {shape}{{3,2,1,0}} parameter({i})"
-        for i, (name, shape) in enumerate(
-            [("m", "s8[1,4,2]"), ("q", "bf16[4,32,2048,128]"), ("k", "bf16[4,32,1024,128]")]
-        )
-    ]
+@pytest.mark.parametrize(
+    "kernel, note, result, per_score",
+    [
+        ("fwd", "block_q: 512, block_kv: 1024, block_q_dkv: 512", "bf16[4,32,2048,128]", "fwd"),
+        ("dkv", "block_q_dkv: 512, block_kv_dkv: 1024", "bf16[4,32,1024,128]", "dkv"),
+        ("dkv", "block_q_dkv: 512, block_kv_dkv: 1024", "bf16[4,2,32,2048,128]", "dkv fused"),
+    ],
+)
+def test_splash_attention_is_priced_by_the_blocks_it_visits(kernel, note, result, per_score):
+    shapes = [("m", "s8[1,4,2]"), ("q", "bf16[4,32,2048,128]"), ("k", "bf16[4,32,2048,128]")]
+    lines = [f"  %{name} = {shape}{{3,2,1,0}} parameter({i})" for i, (name, shape) in enumerate(shapes)]
     # Attributes of a kernel hold line breaks.
     call = (
-        "  ROOT %splash_mha_dkv.1 = bf16[4,32,2048,128]{3,2,1,0} custom-call(%m, %q, %k), "
-        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
-        '\\"use_fused_bwd_kernel\\": true}\n'
+        f"  ROOT %splash_mqa_{kernel}.1 = {result}{{3,2,1,0}} custom-call(%m, %q, %k), "
+        f'custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{\n{note}\n'
         '}}, metadata={op_name="jit(f)/SCOPE/pallas_call"}'
     )
-    for scope, share in (("full", 1), ("causal", 0.5)):
+    # Queries in four blocks, keys in two: the first two blocks of queries see one block of keys.
+    for scope, blocks in (("full", 8), ("causal", 6)):
         body = "\n".join(["ENTRY %e (m: s8[1,4,2]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
         (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
-        flops = 5 * 2 * 4 * 32 * 2048 * 1024 * 128 * share
         assert charge.model == "splash attention"
-        assert charge.cycles == pytest.approx(flops / V5P.flops_per_cycle / 0.45)
+        expected = 4 * 32 * blocks * 512 * 1024 * SPLASH["v5p", 128][per_score] / 2  # two cores
+        assert charge.cycles == pytest.approx(expected)
 
 
 def test_programs_that_cannot_be_read_say_so():

@@ -109,3 +109,22 @@ def test_plan_prints_and_writes_every_figure(tmp_path):
     assert "fits" in done.stdout and "MFU" in done.stdout
     same = jaxmllm(*words, "--compare", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
     assert "+0.0%" in same.stdout
+
+
+@pytest.mark.long
+def test_long_rows_have_no_array_of_scores():
+    from jaxmllm import config as configs
+    from jaxmllm.plan import compile as compiling
+    from jaxmllm.plan import hlo
+    from jaxmllm.plan.chips import topology
+
+    compiling.prepare()
+    s = 1024
+    sizes = {"width": 512, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 128, "mlp": 768, "vocab": 1280}
+    words = [*(f"model.llm.{k}={v}" for k, v in sizes.items()), f"data.seq_len={s}", "stages.text.rows=8"]
+    run = configs.override(configs.load("configs/llama3_8b.py"), words)
+    program = compiling.compile_stage(run, run.stages[0], topology("v5p:2x2x1"))
+    found = [each for part in hlo.parse(program.text).computations.values() for each in part.values()]
+    assert {each.name.split("_")[2] for each in found if each.name.startswith("splash_mqa")} == {"fwd", "dkv"}
+    scores = [each for each in found for array in each.arrays if array.dtype == "f32" and array.dims.count(s) > 1]
+    assert not scores

@@ -16,8 +16,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmllm import mesh
+from jaxmllm.nn import kernels
 from jaxmllm.nn.primitives import Init, Linear
 from jaxmllm.nn.rope import line_angles, rotate
 
@@ -38,8 +40,10 @@ def dot_product_attention(
 
     q [B, S, K, G, D]; k, v [B, T, K, D]: query head (k, g) reads key head k. Returns [B, S, K, G, D], q's dtype.
     causal: query s sees keys t <= s + q_offset. q_segments int32[B, S], kv_segments int32[B, T]: a query sees keys
-    of its own segment; key segment 0 is seen by nobody.
+    of its own segment; key segment 0 is seen by nobody. On TPU and GPU a kernel does it (kernels.py).
     """
+    if (kernel := kernels.choose(q, k, causal, q_offset)) != "xla":
+        return getattr(kernels, kernel)(q, k, v, causal, q_segments, kv_segments)
     k, v = (shard_kv(x) for x in (k, v))
     seen = None
     if causal:
@@ -132,6 +136,7 @@ class Attention(nn.Module):
             angles = line_angles(positions, self.head_dim, self.rope_theta)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = (checkpoint_name(x, "projection") for x in (q, k, v))
         q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
         if cache is not None:
             new = {"k": shard_kv(k), "v": shard_kv(v), "segments": mesh.shard(kv_segments, "batch", None)}
@@ -140,9 +145,10 @@ class Attention(nn.Module):
                 for name, x in new.items()
             }
             k, v, kv_segments = cache["k"], cache["v"], cache["segments"]
+        offset = 0 if cache is None else cache_index
         with jax.named_scope("causal" if self.causal else "full"):  # a plan counts half the FLOPs of a causal one
             y = dot_product_attention(
-                q, k, v, causal=self.causal, q_segments=q_segments, kv_segments=kv_segments, q_offset=cache_index
+                q, k, v, causal=self.causal, q_segments=q_segments, kv_segments=kv_segments, q_offset=offset
             )
         out = Linear(
             (x.shape[-1],),
@@ -152,7 +158,7 @@ class Attention(nn.Module):
             kernel_init=self.kernel_init,
             name="out",
         )
-        return out(y), cache
+        return checkpoint_name(out(y), "projection"), cache
 
 
 class CrossAttention(nn.Module):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmllm import mesh
 
@@ -194,9 +195,10 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
         act = ACTIVATIONS[self.activation]
-        y = Linear((self.hidden,), out_axes=("mlp",), name="up", **common)(x)
+        y = checkpoint_name(Linear((self.hidden,), out_axes=("mlp",), name="up", **common)(x), "projection")
         if self.gated:
-            y = act(Linear((self.hidden,), out_axes=("mlp",), name="gate", **common)(x)) * y
+            gate = Linear((self.hidden,), out_axes=("mlp",), name="gate", **common)(x)
+            y = act(checkpoint_name(gate, "projection")) * y
         else:
             y = act(y)
         return Linear((self.out,), in_axes=("mlp",), out_axes=("embed",), name="down", **common)(y)

@@ -18,6 +18,9 @@ REMAT = {
     "none": None,  # save everything
     "full": jax.checkpoint_policies.nothing_saveable,  # save only each block's input
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # save the outputs of weight matmuls
+    # Save what attention and MLP project to (rotated queries and keys) and the attention kernel's own residuals, but
+    # no block's last output: elementwise work alone is repeated.
+    "projections": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
 }
 
 
@@ -61,6 +64,11 @@ class Stack(nn.Module):
     length: int
     remat: str = "full"
     unroll: int | bool = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remat not in REMAT:
+            raise ValueError(f"remat: there is no policy {self.remat!r}; known: {', '.join(REMAT)}")
 
     @nn.compact
     def __call__(self, x, taps, slots, cache, *broadcast):

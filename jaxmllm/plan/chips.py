@@ -30,6 +30,7 @@ class Chip:
     dcn_rate: float = 6.25e9  # bytes/s a chip, one way: 25 GB/s a host of 4 chips
     host_rate: float = 1.6e10  # bytes/s between HBM and host memory
     per_chip: int = 1  # JAX devices per chip
+    cores: int = 1  # TensorCores per JAX device
     options: tuple[tuple[str, str], ...] = ()  # of get_topology_desc
 
     @property
@@ -44,10 +45,19 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(
-        "v4", 1.05e9, 275e12, 1.2e12, int(30.75 * GIB), 4.5e10, 3, 4, options=(("chip_config_name", "megacore"),)
+        "v4",
+        1.05e9,
+        275e12,
+        1.2e12,
+        int(30.75 * GIB),
+        4.5e10,
+        3,
+        4,
+        cores=2,
+        options=(("chip_config_name", "megacore"),),
     ),
     "v5e": Chip("v5e", 1.5e9, 197e12, 8.19e11, int(15.75 * GIB), 4.5e10, 2, 16, dcn_rate=3.125e9),
-    "v5p": Chip("v5p", 1.75e9, 459e12, 2.765e12, int(95.74 * GIB), 9e10, 3, 4),
+    "v5p": Chip("v5p", 1.75e9, 459e12, 2.765e12, int(95.74 * GIB), 9e10, 3, 4, cores=2),
     "v6e": Chip("v6e", 1.75e9, 918e12, 1.638e12, int(31.25 * GIB), 9e10, 2, 16, host_rate=3.2e10, dcn_rate=3.125e9),
     "tpu7x": Chip("tpu7x", 2.2e9, 1153.5e12, 3.69e12, int(94.75 * GIB), 9e10, 3, 4, per_chip=2),
 }

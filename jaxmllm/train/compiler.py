@@ -20,6 +20,8 @@ OFFLOAD = {
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    # Without this one a reduce-scatter, even one asked for, becomes an all-reduce and a slice: twice the bytes.
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_tpu_enable_all_gather_offload_tracing": "true",
 }

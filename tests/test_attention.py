@@ -1,0 +1,81 @@
+"""Attention kernels: splash, run by Pallas's interpreter on CPU, against XLA's plain form."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmllm import mesh
+from jaxmllm.nn import kernels
+from jaxmllm.nn.attention import dot_product_attention
+from tests.conftest import ROOT
+
+ONE = mesh.Mesh(1, 1, 1, 1, 1)
+# Two samples and padding; the second row is full.
+SEGMENTS = [[1] * 70 + [2] * 100 + [0] * 30, [1] * 200]
+
+
+def example(s: int, segments: list | None, dtype=jnp.float32):
+    """q, k, v, segments or None, and weights of the outputs (0 for padding), laid out on the mesh that is set."""
+    rng = np.random.default_rng(0)
+    split = ("batch", "length", "heads")
+    shapes = [(2, s, 2, 2, 64), (2, s, 2, 64), (2, s, 2, 64), (2, s, 2, 2, 64)]
+    q, k, v, w = (mesh.shard(jnp.asarray(rng.normal(size=shape), dtype), *split) for shape in shapes)
+    if segments is None:
+        return q, k, v, None, w
+    segments = mesh.shard(jnp.asarray(segments, jnp.int32), "batch", "length")
+    return q, k, v, segments, w * (segments > 0)[..., None, None, None]
+
+
+def assert_splash_equals_xla(s: int, segments: list | None, causal: bool) -> None:
+    """Outputs and gradients of q, k and v, except those of padding; call with a mesh set."""
+    q, k, v, segments, w = example(s, segments)
+
+    def plain(q, k, v):
+        return dot_product_attention(q, k, v, causal=causal, q_segments=segments, kv_segments=segments) * w
+
+    def splash(q, k, v):
+        return kernels.splash(q, k, v, causal, segments, segments, interpret=True) * w
+
+    wanted, found = (
+        jax.jit(lambda *x, f=f: (f(*x), jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(*x))) for f in (plain, splash)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found(q, k, v), wanted(q, k, v))
+
+
+@pytest.mark.parametrize("s, segments, causal", [(200, SEGMENTS, True), (300, None, False)])
+def test_splash_equals_xla(monkeypatch, s, segments, causal):
+    """Causal with segments in two blocks, one backward kernel; full in three blocks with padding, two of them."""
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        assert_splash_equals_xla(s, segments, causal)
+
+
+def heads_and_rows_split() -> None:
+    """On four devices: heads over tensor 2, queries over context 2."""
+    kernels.MAX_BLOCK = 128
+    with jax.set_mesh(mesh.Mesh(fsdp=1, tensor=2, context=2).build()):
+        for causal in (True, False):
+            assert_splash_equals_xla(256, [[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], causal)
+
+
+@pytest.mark.long
+def test_splash_equals_xla_with_heads_and_rows_split():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code = "from tests.test_attention import heads_and_rows_split; heads_and_rows_split()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_blocks_cover_rows_with_little_padding():
+    assert [kernels.block(s) for s in (512, 577, 1024, 1370, 2048, 8192)] == [512, 640, 1024, 768, 1024, 1024]
+
+
+def test_cpus_and_small_shapes_take_the_plain_form():
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        q, k, *_ = example(200, None, jnp.bfloat16)
+        assert mesh.platform() == "cpu" and kernels.choose(q, k, True, 0) == "xla"
