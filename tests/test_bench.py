@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxmllm import bench, main
+from jaxmllm.config import load
 from tests.conftest import settings
 
 STAGES = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "head"}
@@ -13,6 +14,7 @@ STAGES = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "ll
 @pytest.mark.parametrize("data", ["synthetic", "real"])
 def test_bench(scenes, tmp_path, monkeypatch, capsys, data):
     monkeypatch.setattr(bench, "PEAKS", {"cpu": 1e12})  # so that there is something to be a share of
+    run = load("configs/toy.py:tiny")
     words = ["bench", *settings(scenes, **{"mesh.fsdp": 1}), "--steps", "3", "--json", str(tmp_path / "bench.json")]
     assert not main.main([*words, *["--real"] * (data == "real")])
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -20,8 +22,8 @@ def test_bench(scenes, tmp_path, monkeypatch, capsys, data):
     assert set(found["mfu_by_stage"]) >= STAGES and all(share >= 0 for share in found["mfu_by_stage"].values())
     assert found["mfu"] == pytest.approx(sum(found["mfu_by_stage"].values()))
     assert found["mfu"] == pytest.approx(found["model_flops"] / found["step_seconds"] / 1e12)
-    assert found["tokens_per_second_per_device"] == pytest.approx(8 * 256 / found["step_seconds"])
-    assert found["images_per_second_per_device"] == pytest.approx(8 * 3 / found["step_seconds"])
+    assert found["tokens_per_second_per_device"] == pytest.approx(8 * run.data.seq_len / found["step_seconds"])
+    assert found["images_per_second_per_device"] == pytest.approx(8 * run.data.image_slots / found["step_seconds"])
     assert found["data_wait_seconds"] >= 0 and found["compile_seconds"] > 0
     # At least the masters, their two moments, and the gradients.
     assert found["peak_memory_bytes"] > 4 * 4 * 50_000 and found["peak_memory_from"] == "compiler"

@@ -142,7 +142,10 @@ def test_what_is_sent_on_a_tpu(monkeypatch):
     [
         (["mesh.tensor=4"], "encoders_clip/blocks/layers/block/attn/q/kernel (32, 2, 1, 16): dimension 1 (heads, 2)"),
         (["mesh.context=8", "data.seq_len=252"], "tokens of a micro-batch (8, 252): dimension 1 (length, 252)"),
-        (["mesh.data=8", "stages.instruct.accumulate=2"], "tokens of a micro-batch (4, 256): dimension 0 (batch, 4)"),
+        (
+            ["mesh.data=8", "stages.instruct.accumulate=2", "data.seq_len=256"],
+            "tokens of a micro-batch (4, 256): dimension 0 (batch, 4)",
+        ),
     ],
 )
 def test_a_dimension_that_does_not_divide_is_named(words, says):
