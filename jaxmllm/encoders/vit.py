@@ -144,8 +144,7 @@ class ViT(Encoder):
         if table is not None:
             x = x + table[self.class_token :]
         if lead:
-            lead = jnp.concatenate(lead)[None]
-            x = jnp.concatenate([mesh.shard(jnp.broadcast_to(lead, (x.shape[0], *lead.shape[1:])), "batch"), x], 1)
+            x = jnp.concatenate([mesh.repeat_rows(jnp.concatenate(lead), x.shape[0]), x], 1)
         return x
 
     def position_table(self) -> jax.Array:
