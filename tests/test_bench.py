@@ -11,7 +11,7 @@ from tests.conftest import settings
 STAGES = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "head"}
 
 
-@pytest.mark.parametrize("data", ["synthetic", "real"])
+@pytest.mark.parametrize("data", [pytest.param("synthetic", marks=pytest.mark.long), "real"])
 def test_bench(scenes, tmp_path, monkeypatch, capsys, data):
     monkeypatch.setattr(bench, "PEAKS", {"cpu": 1e12})  # so that there is something to be a share of
     run = load("configs/toy.py:tiny")
