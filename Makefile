@@ -8,7 +8,7 @@ SCENES := data/scenes
 .PHONY: help install demo test test-all lint performance clean
 
 help:
-	@echo "make demo      train, resume, measure and talk, on two CPU cores in ten to fifteen minutes"
+	@echo "make demo      train, resume, measure and talk, on two CPU cores in about ten minutes"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the ones against PyTorch included"
 	@echo "make lint      ruff"
