@@ -24,6 +24,7 @@ import time
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -142,6 +143,19 @@ def platform() -> str:
     """ "cpu", "gpu", "tpu": of the mesh's devices, be they real or a topology's; "" for an abstract mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else ""
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """On a TPU, keeps x and its gradient in memory in the order of their dimensions.
+
+    Left free, the v6e compiler saves one order and computes with the other, with a copy in every layer.
+    """
+    if not has_mesh() or platform() != "tpu":
+        return x
+    spec = jax.typeof(x).sharding.spec
+    # On each device's own part: the partitioner would gather the whole array for the constraint.
+    own = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.shard_map(own, in_specs=spec, out_specs=spec)(x)
 
 
 def parts(x: jax.Array, dimension: int) -> int:

@@ -42,8 +42,13 @@ def dot_product_attention(
     causal: query s sees keys t <= s + q_offset. q_segments int32[B, S], kv_segments int32[B, T]: a query sees keys
     of its own segment; key segment 0 is seen by nobody. On TPU and GPU a kernel does it (kernels.py).
     """
-    if (kernel := kernels.choose(q, k, causal, q_offset)) != "xla":
-        return getattr(kernels, kernel)(q, k, v, causal, q_segments, kv_segments)
+    kernel = kernels.choose(q, k, causal, q_offset)
+    k, v = (checkpoint_name(x, "projection") for x in (k, v))
+    if kernel == "splash":  # names its own form of q
+        return kernels.splash(q, k, v, causal, q_segments, kv_segments)
+    q = checkpoint_name(q, "projection")
+    if kernel == "cudnn":
+        return kernels.cudnn(q, k, v, causal, q_segments, kv_segments)
     k, v = (shard_kv(x) for x in (k, v))
     seen = None
     if causal:
@@ -136,7 +141,6 @@ class Attention(nn.Module):
             angles = line_angles(positions, self.head_dim, self.rope_theta)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        q, k, v = (checkpoint_name(x, "projection") for x in (q, k, v))
         q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
         if cache is not None:
             new = {"k": shard_kv(k), "v": shard_kv(v), "segments": mesh.shard(kv_segments, "batch", None)}

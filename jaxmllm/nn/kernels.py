@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -87,6 +88,9 @@ def splash(
     def own(q, k, v, q_segments, kv_segments, kernel):
         q, k, v = (q * d**-0.5).transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
         q, k, v = (pad(x, x.ndim - 2, n) for x, n in ((q, more_q), (k, more_k), (v, more_k)))
+        # Saved as the kernel reads it: the backward pass then scales and transposes it no second time. Keys and values
+        # are saved before they are made whole along the sequence.
+        q = checkpoint_name(q, "projection")
         ids = None
         if q_segments is not None:
             ids = library.SegmentIds(pad(q_segments, 1, more_q), pad(kv_segments, 1, more_k, -1))

@@ -195,10 +195,14 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
         act = ACTIVATIONS[self.activation]
-        y = checkpoint_name(Linear((self.hidden,), out_axes=("mlp",), name="up", **common)(x), "projection")
+
+        def project(name):
+            y = Linear((self.hidden,), out_axes=("mlp",), name=name, **common)(x)
+            return mesh.row_major(checkpoint_name(y, "projection"))
+
+        y = project("up")
         if self.gated:
-            gate = Linear((self.hidden,), out_axes=("mlp",), name="gate", **common)(x)
-            y = act(checkpoint_name(gate, "projection")) * y
+            y = act(project("gate")) * y
         else:
             y = act(y)
         return Linear((self.out,), in_axes=("mlp",), out_axes=("embed",), name="down", **common)(y)
