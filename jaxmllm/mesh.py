@@ -22,6 +22,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -38,6 +39,9 @@ RULES = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    # Stored weights with the model width last are split by these dimensions instead (see shard_param).
+    "mlp, embed": ("tensor", "fsdp"),
+    "vocab, embed": ("tensor", "fsdp"),
 }
 
 # Weights smaller than this many elements are replicated over fsdp: gathering them costs more than holding them.
@@ -184,10 +188,18 @@ def check_split(what: str, shape: tuple[int, ...], names: tuple[str | None, ...]
 
 
 def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:
-    """Shards a fresh weight by its logical names; small ones are replicated over fsdp. Raises like `check_split`."""
+    """Shards a fresh weight by its logical names; small ones are replicated over fsdp. Raises like `check_split`.
+
+    A [mlp, embed] or [vocab, embed] weight is split over fsdp by its first dimension if that divides: TPU memory is tiled
+    128 wide along the last one, of which 64 chips would leave 64 of a width of 4096, padded, and copied to be gathered.
+    """
     if not has_mesh():
         return x
     names = tuple(None if name == "embed" and x.size < MIN_FSDP_SIZE else name for name in names)
+    if x.ndim == 2 and (both := "{}, {}".format(*names)) in RULES:
+        sizes = jax.sharding.get_abstract_mesh().shape
+        if x.shape[0] % math.prod(sizes[axis] for axis in RULES[both]) == 0:
+            names = (both, None)
     check_split(path, x.shape, names)
     return shard(x, *names)
 
@@ -220,6 +232,26 @@ def reshape(x: jax.Array, *shape: int) -> jax.Array:
 def reshape_to(x: jax.Array, shape: tuple[int, ...], *names: str | None) -> jax.Array:
     """Reshapes to dimensions whose logical names are given; the split of the data must not change by it."""
     return jax.lax.reshape(x, shape, out_sharding=spec(*names)) if has_mesh() else x.reshape(shape)
+
+
+def in_parts(x: jax.Array) -> jax.Array:
+    """[V, H] -> [parts, V / parts, H]: what different devices hold of the first dimension, apart."""
+    if not has_mesh():
+        return x[None]
+    first, last = jax.typeof(x).sharding.spec
+    count = parts(x, 0)
+    return jax.lax.reshape(x, (count, x.shape[0] // count, x.shape[1]), out_sharding=P(first, None, last))
+
+
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Reshards x as `other` lies."""
+    return jax.sharding.reshard(x, jax.typeof(other).sharding.spec) if has_mesh() else x
+
+
+def einsum(formula: str, a: jax.Array, b: jax.Array, *names: str | None, dtype=None) -> jax.Array:
+    """jnp.einsum of two arrays whose contracted dimensions may be split; `names` are those of the result."""
+    out = spec(*names) if has_mesh() else None
+    return jnp.einsum(formula, a, b, preferred_element_type=dtype, out_sharding=out)
 
 
 def repeat_rows(x: jax.Array, *lead: int) -> jax.Array:

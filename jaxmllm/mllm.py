@@ -34,7 +34,7 @@ class MLLM(nn.Module):
     aggregator: nn.Module | None
     llm: nn.Module
     distill: dict[str, nn.Module]
-    vocab_chunk: int = 512  # positions of a row turned into logits at a time
+    vocab_chunk: int = 32768  # entries of the vocabulary turned into logits at a time
 
     def __post_init__(self):
         # Linen would share the weights of one object given for several encoders; each gets a fuser of its own.

@@ -59,9 +59,14 @@ def stacked(path: str) -> int:
     return ("/layers/" in path) + ("/groups/" in path)
 
 
+def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes of one dimension of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def whole(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """A device's share of a weight that is gathered over fsdp."""
-    spec = (None if name == "fsdp" else name for name in x.sharding.spec)
+    spec = (tuple(axis for axis in axes_of(part) if axis != "fsdp") for part in x.sharding.spec)
     return jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec(*spec)).shard_shape(x.shape)
 
 
@@ -109,7 +114,7 @@ def gathered_weights(found: list[Crossing]) -> dict[str, tuple[int, int]]:
 
 def summed_weights(found: list[Crossing], params: dict[str, jax.ShapeDtypeStruct]) -> int:
     """Gradients that are summed over data axes in one step and have the shape of a layer's weight split over fsdp."""
-    split = {k: x for k, x in params.items() if "fsdp" in x.sharding.spec}
+    split = {k: x for k, x in params.items() if any("fsdp" in axes_of(part) for part in x.sharding.spec)}
     shapes = {key(whole(x)[stacked(path) :]) for path, x in split.items()}
     return sum(each.times * (key(a.dims) in shapes) for each in sums(found, DATA) for a in each.arrays)
 

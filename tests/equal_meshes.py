@@ -27,6 +27,7 @@ from jaxmllm.config import Run, load, override
 from jaxmllm.data.loader import join
 from jaxmllm.data.samples import Sample, image_places
 from jaxmllm.encoders.vit import ViT
+from jaxmllm.objectives.next_token import Chunks
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, initial_params
 from jaxmllm.train.state import TrainState
@@ -44,6 +45,7 @@ def recipe(remat: str, unroll: bool | int) -> Run:
     """The tiny recipe; remat and unroll are those of all its stacks."""
     words = [f"model.{part}.heads=8" for part in HEADED]
     words += ["model.llm.kv_heads=8", "model.distill.seg.blocks=1", f"data.seq_len={S}", f"data.image_slots={SLOTS}"]
+    words += ["model.vocab_chunk=72"]  # in chunks that overlap
     run = override(load("configs/toy.py:tiny"), words)
     encoders = {k: e.clone(remat=remat, unroll=unroll) for k, e in run.model.encoders.items()}
     llm = run.model.llm.clone(remat=remat, unroll=unroll)
@@ -132,13 +134,22 @@ DERIVED = {(12, 12, 32), (4, 32)} | {collectives.key((heads, 2, 2)) for heads in
 def sent(it: Program, text: str) -> dict:
     """What a compiled step sends between devices (tests/collectives.py)."""
     found, params = collectives.crossings(text, it.mesh.devices.shape), it.state.trainable
-    bad = collectives.of_activations(found, collectives.weight_shapes(params) | DERIVED, TARGETS)
+    known = collectives.weight_shapes(params) | DERIVED | chunk_shapes(it)
+    bad = collectives.of_activations(found, known, TARGETS)
     return {
         "activations": [str(each) for each in bad],
         "gathered": collectives.gathered_weights(found),
         "summed": collectives.summed_weights(found, params),
         "looped": {name: collectives.summed_in_blocks(found, name) for name in ("llm", "encoder_clip", "encoder_dino")},
     }
+
+
+def chunk_shapes(it: Program) -> set[tuple[int, ...]]:
+    """Shapes (keys) of one chunk of the output table, gathered over fsdp."""
+    (vocab, width), sizes = it.state.trainable["llm/lm_head/embedding"].shape, it.mesh.shape
+    parts = sizes["tensor"] * sizes["fsdp"]
+    rows = Chunks.of(vocab // parts, it.run.model.vocab_chunk / parts).rows
+    return {collectives.key(dims) for dims in ((sizes["fsdp"], rows, width), (sizes["fsdp"] * rows, width))}
 
 
 def zeros(x: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -27,7 +27,7 @@ def make_generate(model, max_new_tokens: int, stop_token: int) -> Callable:
     def generate(params, batch: Batch):
         apply = partial(model.apply, {"params": params})
         b, s = batch.tokens.shape
-        table = apply(method=lambda m: m.llm.output_table())
+        table = mesh.shard(apply(method=lambda m: m.llm.output_table()), "vocab", None)
         cache = jax.tree.map(shard_cache, model.llm.empty_cache(b, s + max_new_tokens, table.dtype))
         states, _, cache = apply(batch, (), cache, method="hidden")
         first = pick(states[:, -1], table)

@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         return self.embedding(tokens)
 
     def output_table(self) -> jax.Array:
-        """[V, H]: logits = hidden @ table.T."""
+        """[V, H] as it is stored: logits = hidden @ table.T."""
         return (self.embedding if self.tied else self.lm_head).kernel()
 
     def __call__(

@@ -141,7 +141,7 @@ class BatchNorm(_Params):
 
 
 class Embed(_Params):
-    """Token embedding [V, H]; `attend` uses the same table as output head."""
+    """Token embedding [V, H]."""
 
     vocab: int
     width: int
@@ -156,8 +156,8 @@ class Embed(_Params):
         return table.at[ids].get(out_sharding=mesh.spec_like(ids, ids.ndim, (None,)))
 
     def kernel(self) -> jax.Array:
-        """[V, H], gathered over fsdp."""
-        return mesh.gather_param(self.table, ("vocab", "embed"))
+        """[V, H] as it is stored."""
+        return self.table
 
 
 class Table(_Params):
