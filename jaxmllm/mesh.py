@@ -190,8 +190,9 @@ def check_split(what: str, shape: tuple[int, ...], names: tuple[str | None, ...]
 def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:
     """Shards a fresh weight by its logical names; small ones are replicated over fsdp. Raises like `check_split`.
 
-    A [mlp, embed] or [vocab, embed] weight is split over fsdp by its first dimension if that divides: TPU memory is tiled
-    128 wide along the last one, of which 64 chips would leave 64 of a width of 4096, padded, and copied to be gathered.
+    A [mlp, embed] or [vocab, embed] weight is split over fsdp by its first dimension if that divides: TPU memory is
+    tiled 128 wide along the last one, of which 64 chips would leave 64 of a width of 4096, padded, and copied to be
+    gathered.
     """
     if not has_mesh():
         return x

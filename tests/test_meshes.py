@@ -87,7 +87,7 @@ GATHERED = {
     "aggregator": (3 * 2 + 10, 0),  # three projectors of two layers, one SVA layer
     "llm": (3 * 7 + 1, 3 * 7),  # three layers and the embedding
     "llm_insert": (10, 0),  # one SVA layer
-    "next_token": (4, 4),  # chunks of the output table
+    "next_token": (5, 5),  # four chunks of the output table, each while the last is worked on
     "distill_depth": (5, 0),  # input projection, q, k, v, out
     "distill_seg": (5, 0),
 }

@@ -19,9 +19,9 @@ ROWS = 8  # chunks are whole tiles of TPU memory
 def next_token(hidden: jax.Array, table: jax.Array, labels: jax.Array, chunk: int) -> tuple[Term, jax.Array]:
     """hidden [B, S, H], table [V, H], labels int32[B, S] (IGNORE = none) -> (negative log-likelihood, hits bool[B, S]).
 
-    About `chunk` entries of the vocabulary become logits at a time (float32), and again in the backward pass; their
-    gradients are summed over all tokens in one product. The table comes as it is stored: split over fsdp, it is gathered
-    chunk by chunk, and so are its gradients scattered. A hit is a label that is the most likely token.
+    About `chunk` entries of the vocabulary become logits at a time (float32), and again in the backward pass, where
+    their gradients are summed over all tokens in one product. The table comes as it is stored: split over fsdp, it is
+    gathered chunk by chunk, and its gradients are scattered so. A hit is a label that is the most likely token.
     """
     hidden, labels = mesh.shard(hidden, "batch", "length", None), mesh.shard(labels, "batch", "length")
     table = mesh.in_parts(table)
@@ -41,29 +41,39 @@ class Chunks(NamedTuple):
         count = math.ceil(total / max(rows, ROWS))
         return cls(total, min(total, math.ceil(total / count / ROWS) * ROWS), count)
 
-    def start(self, i: jax.Array) -> jax.Array:
+    def start(self, i: jax.Array | int) -> jax.Array:
         """First row of chunk i; the last one ends with the table, so it may begin with rows that were already taken."""
         return jnp.minimum(i * self.rows, self.total - self.rows)
 
-    def fold(self, step, carry):
-        """carry = step(carry, i) for every chunk."""
+    def weights(self, table: jax.Array, i: jax.Array | int) -> jax.Array:
+        """[parts, V / parts, H] -> chunk i [C, H], gathered over fsdp."""
+        rows = mesh.shard(jax.lax.dynamic_slice_in_dim(table, self.start(i), self.rows, 1), "vocab", None, None)
+        return mesh.reshape_to(rows, (rows.shape[0] * rows.shape[1], rows.shape[2]), "vocab", None)
+
+    def entries(self, parts: int, i: jax.Array | int) -> jax.Array:
+        """int32[C]: which entries of the vocabulary chunk i has; -1 for those that were already taken."""
+        row = self.start(i) + jnp.arange(self.rows)
+        entry = jnp.arange(parts)[:, None] * self.total + row
+        return jnp.where(row >= i * self.rows, entry, -1).reshape(-1)
+
+    def fold(self, step, carry, table: jax.Array):
+        """carry = step(carry, weights [C, H], i) for every chunk i."""
         if self.count == 1:
-            return step(carry, jnp.int32(0))
-        return jax.lax.scan(lambda carry, i: (step(carry, i), None), carry, jnp.arange(self.count))[0]
+            return step(carry, self.weights(table, 0), 0)
+
+        def turn(state, i):
+            carry, weights = state
+            following = self.weights(table, i + 1)  # gathered while this chunk is worked on; the last one in vain
+            return (step(carry, weights, i), following), None
+
+        return jax.lax.scan(turn, (carry, self.weights(table, 0)), jnp.arange(self.count))[0][0]
 
 
-def chunk_logits(x: jax.Array, table: jax.Array, chunks: Chunks, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [B, S, H], table [parts, V / parts, H] -> (logits float32[B, S, C] of chunk i, their entries int32[C], weights
-    [C, H]); entries that were already taken have number -1 and logit -inf."""
-    first, (parts, _, width) = chunks.start(i), table.shape
-    weights = mesh.shard(jax.lax.dynamic_slice_in_dim(table, first, chunks.rows, 1), "vocab", None, None)
-    weights = mesh.reshape_to(weights, (parts * chunks.rows, width), "vocab", None)
-    row = first + jnp.arange(chunks.rows)
-    entry = jnp.arange(parts)[:, None] * chunks.total + row
-    entry = jnp.where(row >= i * chunks.rows, entry, -1).reshape(-1)
+def logits_of(x: jax.Array, weights: jax.Array, entry: jax.Array) -> jax.Array:
+    """x [B, S, H], weights [C, H], entry int32[C] -> float32[B, S, C], -inf where the entry is -1."""
     with jax.named_scope("logits"):
         logits = jnp.einsum("bsh,vh->bsv", x, weights, preferred_element_type=jnp.float32)
-    return jnp.where(entry >= 0, logits, -jnp.inf), entry, weights
+    return jnp.where(entry >= 0, logits, -jnp.inf)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -73,16 +83,16 @@ def losses(x: jax.Array, table: jax.Array, labels: jax.Array, chunks: Chunks) ->
 
 
 def _forward(x, table, labels, chunks):
-    def step(carry, i):
-        top, total, own = carry
-        logits, entry, _ = chunk_logits(x, table, chunks, i)
+    def step(carry, weights, i):
+        (top, total, own), entry = carry, chunks.entries(table.shape[0], i)
+        logits = logits_of(x, weights, entry)
         new = jnp.maximum(top, logits.max(-1))
         total = total * jnp.exp(top - new) + jnp.exp(logits - new[..., None]).sum(-1)
         # A comparison instead of a gather: with the vocabulary split over `tensor` it stays a local masked sum.
         return new, total, own + jnp.sum(jnp.where(labels[..., None] == entry, logits, 0.0), -1)
 
     zero = jnp.zeros_like(labels, jnp.float32)
-    top, total, own = chunks.fold(step, (zero - jnp.inf, zero, zero))
+    top, total, own = chunks.fold(step, (zero - jnp.inf, zero, zero), table)
     lse = top + jnp.log(total)
     return (lse - own, own >= top), (x, table, labels, lse)
 
@@ -90,9 +100,9 @@ def _forward(x, table, labels, chunks):
 def _backward(chunks, saved, cotangents):
     (x, table, labels, lse), (g, _) = saved, cotangents
 
-    def step(carry, i):
-        dx, dtable = carry
-        logits, entry, weights = chunk_logits(x, table, chunks, i)
+    def step(carry, weights, i):
+        (dx, dtable), entry = carry, chunks.entries(table.shape[0], i)
+        logits = logits_of(x, weights, entry)
         d = g[..., None] * (jnp.exp(logits - lse[..., None]) - (labels[..., None] == entry))
         d = d.astype(x.dtype)
         with jax.named_scope("logits"):
@@ -103,7 +113,7 @@ def _backward(chunks, saved, cotangents):
         more = mesh.like(more, table) + jax.lax.dynamic_slice_in_dim(dtable, first, chunks.rows, 1)
         return dx, jax.lax.dynamic_update_slice_in_dim(dtable, more, first, 1)
 
-    dx, dtable = chunks.fold(step, (jnp.zeros_like(x, jnp.float32), jnp.zeros_like(table)))
+    dx, dtable = chunks.fold(step, (jnp.zeros_like(x, jnp.float32), jnp.zeros_like(table)), table)
     return dx.astype(x.dtype), dtable, None
 
 
