@@ -182,7 +182,9 @@ def cycles(module: nn.Module, take: Callable, chip: str) -> dict[str, float]:
     params, y = shapes_of(module, inputs, jnp.bfloat16)
     one = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (params, inputs, y))
+    start = time.process_time()
     program = jax.jit(backward(module), compiler_options=options(mesh)).lower(*arguments).compile()
+    print(f"{type(module).__name__} for {chip}: compiled in {time.process_time() - start:.0f} processor s", flush=True)
     line = Timeline(parse(program.as_text()), place.chip, Network(place, ("x",), devices))
     return {
         "estimated": sum(c.cycles for c in line.charges if c.model is None),

@@ -38,6 +38,7 @@ def model() -> MLLM:
             heads=4,
             kv_heads=4,
             mlp=192,
+            tied=True,
             inserts=Inserts(start=0, stride=2, count=1),
             insert=SVALayer(width=96, heads=4),
             **SMALL,

@@ -45,7 +45,7 @@ def recipe(remat: str, unroll: bool | int) -> Run:
     """The tiny recipe; remat and unroll are those of all its stacks."""
     words = [f"model.{part}.heads=8" for part in HEADED]
     words += ["model.llm.kv_heads=8", "model.distill.seg.blocks=1", f"data.seq_len={S}", f"data.image_slots={SLOTS}"]
-    words += ["model.vocab_chunk=72"]  # in chunks that overlap
+    words += ["model.llm.tied=False", "model.vocab_chunk=72"]  # in chunks that overlap
     run = override(load("configs/toy.py:tiny"), words)
     encoders = {k: e.clone(remat=remat, unroll=unroll) for k, e in run.model.encoders.items()}
     llm = run.model.llm.clone(remat=remat, unroll=unroll)
