@@ -87,13 +87,14 @@ GATHERED = {
     "aggregator": (3 * 2 + 10, 0),  # three projectors of two layers, one SVA layer
     "llm": (3 * 7 + 1, 3 * 7),  # three layers and the embedding
     "llm_insert": (10, 0),  # one SVA layer
-    "next_token": (5, 5),  # four chunks of the output table, each while the last is worked on
+    "next_token": (5, 5),  # four chunks of the output table, each while the one before is worked on, and one in vain
     "distill_depth": (5, 0),  # input projection, q, k, v, out
     "distill_seg": (5, 0),
 }
 # Gradients of split weights that are summed over the data axes. On a TPU one a weight; the CPU's compiler sums the
 # gradients of a weight that is used twice one by one (input projection, k and v of both teachers' predictors).
-SUMMED = {"cpu": sum(n for n, _ in GATHERED.values()) + 2 * 3, "tpu": sum(n for n, _ in GATHERED.values())}
+WEIGHTS = sum(n for n, _ in GATHERED.values()) - 1  # the chunk gathered in vain has no gradient
+SUMMED = {"cpu": WEIGHTS + 2 * 3, "tpu": WEIGHTS}
 # Activations that two looped blocks sum over tensor: forward (outputs of attention and MLP), repeated forward (that of
 # attention; the MLP's feeds nothing), backward (inputs of attention and MLP; the CPU's compiler sums those of q, k, v,
 # up and gate one by one).
