@@ -12,6 +12,7 @@ scale_inner; those names are changed because transformers renames keys that cont
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -159,20 +160,69 @@ class DeformableAttention(nn.Module):
         """Weighted sums of bilinear samples of one level, float32[N, Q, head, d].
 
         value [N, h, w, head, d]; at float32[N, Q, head, point, 2], (x, y) in pixels; weights float32[N, Q, head,
-        point]. The matrix is made in float32 and rounded to the dtype of `value`, as a TPU's matmul does anyway; sums
-        are float32.
+        point].
         """
         n, h, w, heads, d = value.shape
-        y, x = jnp.divmod(jnp.arange(h * w, dtype=jnp.float32), w)
-        # Point by point over all pixels: as sums over an axis of points, the reductions are 3 to 100 times as slow.
-        pick = 0.0
-        for k in range(self.points):
-            at_x, at_y, weight = at[..., k, 0, None], at[..., k, 1, None], weights[..., k, None]
-            pick = pick + weight * hat(at_x - x) * hat(at_y - y)
         value = mesh.reshape_to(value, (n, h * w, heads, d), "batch", None, "heads", None)
-        return jnp.einsum("nqmp,npmd->nqmd", pick.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return sample(value, at, weights, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def sample(value: jax.Array, at: jax.Array, weights: jax.Array, width: int) -> jax.Array:
+    """As DeformableAttention.sample, value [N, h * w, head, d].
+
+    The matrix is made in float32 and rounded to the dtype of `value`, as a TPU's matmul does anyway; sums are float32.
+    """
+    matrix = picks(at, weights, value, width)
+    return jnp.einsum("nqmp,npmd->nqmd", matrix, value, preferred_element_type=jnp.float32)
+
+
+def picks(at: jax.Array, weights: jax.Array, value: jax.Array, width: int) -> jax.Array:
+    """How much of every pixel each query takes: [N, Q, head, h * w] of the dtype of `value`."""
+    matrix = 0.0
+    for x, y, weight in per_point(at, weights, value.shape[1], width):
+        matrix = matrix + weight * hat(x) * hat(y)
+    return matrix.astype(value.dtype)
+
+
+def per_point(at: jax.Array, weights: jax.Array, pixels: int, width: int):
+    """Yields of each point its distances from all pixels in x and in y [N, Q, head, h * w] and its weight [.., 1].
+
+    Point by point over all pixels: as sums over an axis of points, the reductions are 3 to 100 times as slow.
+    """
+    y, x = jnp.divmod(jnp.arange(pixels, dtype=jnp.float32), width)
+    for k in range(weights.shape[-1]):
+        yield at[..., k, 0, None] - x, at[..., k, 1, None] - y, weights[..., k, None]
+
+
+def _forward(value, at, weights, width):
+    return sample(value, at, weights, width), (value, at, weights)
+
+
+# By hand for two reasons. On a pixel, where fresh offsets lie, the slope is that to the right, as in the reference's
+# kernel; jax.grad would take it for 0. And the barrier: joined with the matmul, the sums below are one kernel that
+# takes the TPU compiler 40 to 150 s, and what they share with the matrix is made twice.
+def _backward(width, saved, g):
+    value, at, weights = saved
+    g = g.astype(value.dtype)
+    dvalue = jnp.einsum("nqmp,nqmd->npmd", picks(at, weights, value, width), g)
+    d = jnp.einsum("nqmd,npmd->nqmp", g, value, preferred_element_type=jnp.float32)
+    d, slopes, sums = jax.lax.optimization_barrier(d), [], []
+    for x, y, weight in per_point(at, weights, value.shape[1], width):
+        by_x, by_y = (d * hat(y) * slope(x)).sum(-1), (d * hat(x) * slope(y)).sum(-1)
+        slopes.append(weight * jnp.stack([by_x, by_y], -1))
+        sums.append((d * hat(x) * hat(y)).sum(-1))
+    return dvalue, jnp.stack(slopes, -2), jnp.stack(sums, -1)
+
+
+sample.defvjp(_forward, _backward)
 
 
 def hat(x: jax.Array) -> jax.Array:
     """Weight that linear interpolation gives a pixel at this distance."""
     return jax.nn.relu(1 - jnp.abs(x))
+
+
+def slope(x: jax.Array) -> jax.Array:
+    """Derivative of `hat`, at its corners that to the right."""
+    return jnp.where((x >= -1) & (x < 1), jnp.where(x < 0, 1.0, -1.0), 0.0)
