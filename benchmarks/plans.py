@@ -64,7 +64,13 @@ def main() -> None:
         name = " ".join(words).replace("configs/", "").replace("--topology ", "")
         if only in name:
             kept[name] = measure(words)
-            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+            write(kept)
+    write(kept)
+
+
+def write(kept: dict[str, dict]) -> None:
+    """Keeps the figures and makes the page's table of them."""
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
     table = HEAD + "".join(line(name, found) for name, found in kept.items())
     before, _, rest = PAGE.read_text().partition("<!-- plans -->\n")
     after = rest.partition("<!-- end of plans -->")[2]

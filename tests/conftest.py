@@ -14,6 +14,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The same few programs are compiled by many processes; one folder lets the later ones read them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jaxmllm-xla-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Compiling is most of what the tests do; programs this small run as fast without XLA's costly passes.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
+
+
+def simulated(devices: int) -> dict[str, str]:
+    """The environment of a process that sees so many CPU devices."""
+    flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 @pytest.fixture(scope="session")
@@ -41,17 +50,12 @@ def start_processes(count: int, devices: int, *words, prefix: tuple[str, ...] = 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-    }
+    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
             [sys.executable, *prefix, *map(str, words)],
             cwd=ROOT,
-            env={**os.environ, **common, "JAX_PROCESS_ID": str(i)},
+            env={**simulated(devices), **common, "JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,11 +73,10 @@ def finish(processes: list) -> list[tuple[str, str]]:
 
 def jaxmllm(*words, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """Runs `python -m jaxmllm.main WORDS` from the repository's root, on simulated CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-m", "jaxmllm.main", *map(str, words)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **(env or {})},
+        env={**simulated(devices), **(env or {})},
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,5 @@
 """Attention kernels: splash, run by Pallas's interpreter on CPU, against XLA's plain form."""
 
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 from jaxmllm import mesh
 from jaxmllm.nn import kernels
 from jaxmllm.nn.attention import dot_product_attention
-from tests.conftest import ROOT
+from tests.conftest import ROOT, simulated
 
 ONE = mesh.Mesh(1, 1, 1, 1, 1)
 # Two samples and padding; the second row is full.
@@ -65,9 +64,8 @@ def heads_and_rows_split() -> None:
 
 @pytest.mark.long
 def test_splash_equals_xla_with_heads_and_rows_split():
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     code = "from tests.test_attention import heads_and_rows_split; heads_and_rows_split()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=simulated(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -19,13 +18,8 @@ from jaxmllm import mesh as meshes
 from jaxmllm.config import load, override
 from jaxmllm.train.setup import stage_program
 from tests import equal_meshes
-from tests.conftest import ROOT
+from tests.conftest import ROOT, simulated
 
-# Programs are compiled without XLA's costly passes: the partitioner, which is what is tested, comes before them.
-FLAGS = (
-    "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
 FAST = "data=2,fsdp=2,tensor=2,context=2/remat/scan"
 SINGLE = [f"{axis}={n}" for axis in ("data", "fsdp", "tensor", "context") for n in (1, 2, 4, 8)]
 JOINT = [
@@ -47,8 +41,7 @@ LOSS, GRADIENT = 1e-6, 1e-5
 def compare(cases: list[str], devices: int) -> list[dict]:
     """The lines of tests.equal_meshes."""
     command = [sys.executable, "-m", "tests.equal_meshes", *cases]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS.format(devices)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=simulated(devices), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["case"] for line in lines] == cases

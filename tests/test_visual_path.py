@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
 from jaxmllm.train.state import flatten, unflatten
 from tests import visual_zoo as zoo
-from tests.conftest import ROOT
+from tests.conftest import ROOT, simulated
 from tests.golden_case import shapes
 
 # A softmax does not feel what all its keys have in common, so their bias gets nothing (in SVA: with one encoder); nor
@@ -72,8 +71,9 @@ def test_every_encoder_has_a_fuser_of_its_own():
 
 def test_eight_devices(covered):
     """The same numbers with the batch over fsdp 4, heads and hidden channels over tensor 2, weights over both."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-m", "tests.visual_zoo"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.visual_zoo"], cwd=ROOT, env=simulated(8), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found, expected = json.loads(done.stdout), zoo.norms(*covered)
     assert found.keys() == expected.keys()
@@ -190,7 +190,7 @@ def test_every_legal_pair(encoders, fuser):
 
     init = lambda *args: module.init(jax.random.key(0), *args)["params"]
     params = zoo.random_like(flatten(jax.eval_shape(init, images, masks)), 0)
-    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=zoo.QUICK)
+    run = jax.jit(jax.grad(loss, has_aux=True))
     grads, tokens = jax.device_get(run(params, images))
     for name, model in models.items():
         mine = {
@@ -313,7 +313,7 @@ def test_fresh_mmfuser_is_the_query():
     levels = [taps(2, 3, 5, 8), taps(2, 6, 4, 8), taps(2, 2, 7, 8)]
     for attention in ("deformable", "global", "linear"):
         fuser = MMFuser(heads=2, attention=attention, pooled=2)
-        fused = jax.jit(fuser.init_with_output, compiler_options=zoo.QUICK)(jax.random.key(0), levels)[0]
+        fused = jax.jit(fuser.init_with_output)(jax.random.key(0), levels)[0]
         np.testing.assert_array_equal(fused.cells, levels[-1])
 
 
@@ -340,7 +340,7 @@ def test_taps_that_mmfuser_reads(options, used):
     init = lambda x: fuser.init(jax.random.key(0), x)["params"]
     params = unflatten(zoo.random_like(flatten(jax.eval_shape(init, x)), 0))
     loss = lambda x: jnp.sum(fuser.apply({"params": params}, x).cells ** 2)
-    grad = jax.jit(jax.grad(loss), compiler_options=zoo.QUICK)(x)
+    grad = jax.jit(jax.grad(loss))(x)
     assert np.flatnonzero(np.abs(grad).max((1, 2, 3, 4))).tolist() == used
 
 
