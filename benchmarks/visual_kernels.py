@@ -1,5 +1,6 @@
 """Remakes the table of kernels in docs/performance.md: MMFuser's sampling by matmul against a gather, SVA on the whole
-grid against folded windows. Forward and backward, to weights and inputs. Needs libtpu; minutes.
+grid against folded windows. Forward and backward, to the weights, in SVA also to the inputs: MMFuser's come from
+frozen encoders. Needs libtpu; minutes.
 
     python benchmarks/visual_kernels.py [--only WORD]     only rows whose name holds WORD; the others keep their figures
 
@@ -140,19 +141,19 @@ def memory(make: Callable, images: int) -> tuple:
     return make((images, 24, 24, 1024)), Memory(features, masks, make((images, 1024)))
 
 
-# name -> (ours, the other form, what they take)
+# name -> (ours, the other form, what they take, whether their inputs have gradients)
 ROWS = {
-    "MMFuser, CLIP-L/336, 5 taps: matmul / gather": (MMFuser(), GatherMMFuser(), taps),
-    "SVA, Cambrian-8B, 3 layers: whole grid / folded": (SVALayers(1024), FoldedLayers(1024), memory),
+    "MMFuser, CLIP-L/336, 5 taps: matmul / gather": (MMFuser(), GatherMMFuser(), taps, False),
+    "SVA, Cambrian-8B, 3 layers: whole grid / folded": (SVALayers(1024), FoldedLayers(1024), memory, True),
 }
 
 
-def backward(module: nn.Module) -> Callable:
-    """(params, inputs, cotangent) -> (output, gradients of floating inputs and weights)."""
+def backward(module: nn.Module, to_inputs: bool) -> Callable:
+    """(params, inputs, cotangent) -> (output, gradients of weights and, if asked for, of floating inputs)."""
 
     def run(params, inputs, cotangent):
         leaves, tree = jax.tree.flatten(inputs)
-        real = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+        real = [to_inputs and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
 
         def forward(params, varied):
             varied = iter(varied)
@@ -173,7 +174,7 @@ def shapes_of(module: nn.Module, inputs: tuple, dtype) -> tuple:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), (made["params"], y))
 
 
-def cycles(module: nn.Module, take: Callable, chip: str) -> dict[str, float]:
+def cycles(module: nn.Module, take: Callable, to_inputs: bool, chip: str) -> dict[str, float]:
     """Cycles of one run: the compiler's own estimates, and those of the rules for what it does not estimate."""
     place = topology(chip)
     devices = np.array(devices_of(place)[:1])
@@ -183,7 +184,7 @@ def cycles(module: nn.Module, take: Callable, chip: str) -> dict[str, float]:
     one = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (params, inputs, y))
     start = time.process_time()
-    program = jax.jit(backward(module), compiler_options=options(mesh)).lower(*arguments).compile()
+    program = jax.jit(backward(module, to_inputs), compiler_options=options(mesh)).lower(*arguments).compile()
     print(f"{type(module).__name__} for {chip}: compiled in {time.process_time() - start:.0f} processor s", flush=True)
     line = Timeline(parse(program.as_text()), place.chip, Network(place, ("x",), devices))
     return {
@@ -193,14 +194,14 @@ def cycles(module: nn.Module, take: Callable, chip: str) -> dict[str, float]:
     }
 
 
-def seconds(modules: list[nn.Module], take: Callable) -> list[float]:
+def seconds(modules: list[nn.Module], take: Callable, to_inputs: bool) -> list[float]:
     """Processor seconds of each. Raises ValueError if they do not give the same numbers."""
     rng = np.random.default_rng(0)
     make = lambda shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
     inputs = take(make, 1)
     params, y = shapes_of(modules[0], inputs, jnp.float32)
     params, cotangent = jax.tree.map(lambda x: 0.05 * make(x.shape), params), make(y.shape)
-    runs = [jax.jit(backward(module)) for module in modules]
+    runs = [jax.jit(backward(module, to_inputs)) for module in modules]
     ours, other = (jax.tree.leaves(jax.block_until_ready(run(params, inputs, cotangent))) for run in runs)
     for a, b in zip(ours, other):
         # 1e-6 to 1e-4 but for slopes by place: of 300,000 places a few lie so near a pixel that rounding takes them to
@@ -216,10 +217,10 @@ def seconds(modules: list[nn.Module], take: Callable) -> list[float]:
     return [float(np.median(times)) for times in taken]
 
 
-def measure(ours: nn.Module, other: nn.Module, take: Callable) -> dict:
+def measure(ours: nn.Module, other: nn.Module, take: Callable, to_inputs: bool) -> dict:
     """All figures of a row."""
-    found = {"seconds": seconds([ours, other], take)}
-    return found | {chip: [cycles(module, take, chip) for module in (ours, other)] for chip in CHIPS}
+    found = {"seconds": seconds([ours, other], take, to_inputs)}
+    return found | {chip: [cycles(module, take, to_inputs, chip) for module in (ours, other)] for chip in CHIPS}
 
 
 def line(name: str, found: dict) -> str:
