@@ -182,7 +182,7 @@ def picks(at: jax.Array, weights: jax.Array, value: jax.Array, width: int) -> ja
     matrix = 0.0
     for x, y, weight in per_point(at, weights, value.shape[1], width):
         matrix = matrix + weight * hat(x) * hat(y)
-    return matrix.astype(value.dtype)
+    return jax.lax.optimization_barrier(matrix.astype(value.dtype))
 
 
 def per_point(at: jax.Array, weights: jax.Array, pixels: int, width: int):
