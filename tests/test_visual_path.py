@@ -318,16 +318,16 @@ def test_fresh_mmfuser_is_the_query():
 
 
 def test_slopes_of_sampled_pixels():
-    """Between pixels, in the map and out of it: what a step to the right or down changes."""
+    """Between pixels and on them, in the map and out of it: what a step to both sides changes."""
     keys = jax.random.split(jax.random.key(0), 3)
     value = jax.random.normal(keys[0], (1, 4 * 5, 1, 3))
-    spots = jnp.array(list(itertools.product([-1.5, -0.25, 0.25, 1.5, 2.75, 3.5, 4.5], repeat=2)))
+    spots = jnp.array(list(itertools.product([-2, -1.5, -1, -0.25, 0, 1.5, 3, 4, 4.75, 5], repeat=2)))
     at, weights = spots[None, :, None, None], jax.random.normal(keys[1], (1, len(spots), 1, 1))
     g, step = jax.random.normal(keys[2], (1, len(spots), 1, 3)), 2.0**-6
     by_place, by_weight = jax.vjp(lambda *x: sample(value, *x, 5), at, weights)[1](g)
-    y = sample(value, at, weights, 5)
     for axis in range(2):
-        moved = (sample(value, at.at[..., axis].add(step), weights, 5) - y) / step
+        right, left = (sample(value, at.at[..., axis].add(by), weights, 5) for by in (step, -step))
+        moved = (right - left) / (2 * step)
         np.testing.assert_allclose(by_place[0, :, 0, 0, axis], (moved * g).sum(-1)[0, :, 0], atol=1e-4)
     np.testing.assert_allclose(by_weight[..., 0], (sample(value, at, jnp.ones_like(weights), 5) * g).sum(-1), atol=1e-5)
 

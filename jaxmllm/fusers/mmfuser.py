@@ -24,6 +24,8 @@ from jaxmllm.fusers.level_attention import GlobalAttention, LinearAttention
 from jaxmllm.nn.maps import sizes
 from jaxmllm.nn.primitives import Linear, Norm, Table, zeros
 
+CORNER = 1e-4  # pixels; far more than rounding, far less than offsets learn
+
 
 class MMFuser(nn.Module):
     """taps [K, N, h, w, C] -> the map [N, h, w, C]; in a list the keys' maps may have grids of their own.
@@ -223,5 +225,9 @@ def hat(x: jax.Array) -> jax.Array:
 
 
 def slope(x: jax.Array) -> jax.Array:
-    """Derivative of `hat`, 0 at its corners."""
-    return jnp.where(jnp.abs(x) < 1, -jnp.sign(x), 0.0)
+    """Derivative of `hat`; near its corners the mean of both sides.
+
+    Fresh offsets are whole pixels up to rounding, so that a corner's side would be left to chance. With the mean, a
+    sample on a pixel has the slope between the pixel's neighbours.
+    """
+    return -jnp.clip(x / CORNER, -1, 1) * jnp.clip((1 - jnp.abs(x)) / (2 * CORNER) + 0.5, 0, 1)
