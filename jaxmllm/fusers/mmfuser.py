@@ -17,14 +17,13 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmllm import mesh
 from jaxmllm.batch import FeatureMap, MapShape
 from jaxmllm.fusers.level_attention import GlobalAttention, LinearAttention
 from jaxmllm.nn.maps import sizes
 from jaxmllm.nn.primitives import Linear, Norm, Table, zeros
-
-CORNER = 1e-4  # pixels; far more than rounding, far less than offsets learn
 
 
 class MMFuser(nn.Module):
@@ -94,10 +93,10 @@ class MMFuser(nn.Module):
         return query + mesh.reshape(outer * (a + inner * a2), n, h, w, c), a, a2
 
 
-def cell_centers(h: int, w: int) -> jax.Array:
-    """float32[h*w, 2]: (x, y) of the cells of a grid, row-major, in 0..1."""
-    y, x = jnp.meshgrid((jnp.arange(h) + 0.5) / h, (jnp.arange(w) + 0.5) / w, indexing="ij")
-    return jnp.stack([x, y], -1).reshape(h * w, 2)
+def cell_centers(h: int, w: int) -> np.ndarray:
+    """float64[h*w, 2]: (x, y) of the cells of a grid, row-major, in 0..1."""
+    y, x = np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij")
+    return np.stack([x, y], -1).reshape(h * w, 2)
 
 
 def circle_bias(heads: int, levels: int, points: int) -> jax.Array:
@@ -143,20 +142,21 @@ class DeformableAttention(nn.Module):
         flat = logits.astype(jnp.float32)
         weights = jnp.exp(flat - jax.lax.stop_gradient(flat.max((-2, -1), keepdims=True)))
         weights = weights / weights.sum((-2, -1), keepdims=True)
-        if reference.ndim == 2:
-            reference = jnp.broadcast_to(reference[:, None], (reference.shape[0], len(values), 2))
+        reference = reference[:, None] if reference.ndim == 2 else reference
         value_proj = Linear(
             (self.heads, c // self.heads), ("embed",), ("heads", None), kernel_init=xavier, name="value_proj"
         )
-        sizes = jnp.array([[v.shape[2], v.shape[1]] for v in values], jnp.float32)
-        where = reference[..., None, :, None, :] + offsets / sizes[:, None]  # [N, Q, head, level, point, 2]
+        sizes = np.array([[v.shape[2], v.shape[1]] for v in values], np.float64)
+        # In pixels, and not by way of 0..1: fresh offsets are whole pixels, and stay it up to the last bit (see slope).
+        center = jnp.asarray(reference * sizes - 0.5, jnp.float32)
+        where = center[..., None, :, None, :] + offsets  # [N, Q, head, level, point, 2]
         out = 0.0
         for level, value in enumerate(values):
-            v, at = value_proj(value), where[..., level, :, :] * sizes[level] - 0.5  # pixel coordinates
+            v, at = value_proj(value), where[..., level, :, :]
             with jax.named_scope("gather"):  # this stands for a gather: no FLOPs that the model needs
                 out = out + self.sample(v, at, weights[..., level, :])
         proj = Linear((c,), ("heads", None), ("embed",), kernel_init=xavier, name="output_proj")
-        return proj(out.astype(query.dtype)), where, weights
+        return proj(out.astype(query.dtype)), (where + 0.5) / sizes[:, None].astype(np.float32), weights
 
     def sample(self, value: jax.Array, at: jax.Array, weights: jax.Array) -> jax.Array:
         """Weighted sums of bilinear samples of one level, float32[N, Q, head, d].
@@ -225,9 +225,6 @@ def hat(x: jax.Array) -> jax.Array:
 
 
 def slope(x: jax.Array) -> jax.Array:
-    """Derivative of `hat`; near its corners the mean of both sides.
-
-    Fresh offsets are whole pixels up to rounding, so that a corner's side would be left to chance. With the mean, a
-    sample on a pixel has the slope between the pixel's neighbours.
-    """
-    return -jnp.clip(x / CORNER, -1, 1) * jnp.clip((1 - jnp.abs(x)) / (2 * CORNER) + 0.5, 0, 1)
+    """Derivative of `hat`, at its corners the mean of both sides: a sample on a pixel, as all fresh ones are, has the
+    slope between the pixel's two neighbours."""
+    return jnp.sign(x) * jnp.where(jnp.abs(x) < 1, -1.0, jnp.where(jnp.abs(x) == 1, -0.5, 0.0))
