@@ -184,6 +184,7 @@ def picks(at: jax.Array, weights: jax.Array, value: jax.Array, width: int) -> ja
     matrix = 0.0
     for x, y, weight in per_point(at, weights, value.shape[1], width):
         matrix = matrix + weight * hat(x) * hat(y)
+    # A kernel of its own: made inside the matmul, the TPU compiler tries it window by window, for minutes.
     return jax.lax.optimization_barrier(matrix.astype(value.dtype))
 
 
@@ -225,6 +226,6 @@ def hat(x: jax.Array) -> jax.Array:
 
 
 def slope(x: jax.Array) -> jax.Array:
-    """Derivative of `hat`, at its corners the mean of both sides: a sample on a pixel, as all fresh ones are, has the
-    slope between the pixel's two neighbours."""
+    """Derivative of `hat`, at its corners the mean of both sides: a sample on a pixel has the slope between the pixel's
+    two neighbours. Fresh ones lie there, in x or y at least."""
     return jnp.sign(x) * jnp.where(jnp.abs(x) < 1, -1.0, jnp.where(jnp.abs(x) == 1, -0.5, 0.0))
