@@ -1,5 +1,5 @@
-"""Remakes the table of kernels in docs/performance.md: MMFuser's sampling by matmul against a gather, SVA on the whole
-grid against folded windows. Forward and backward, to the weights, in SVA also to the inputs: MMFuser's come from
+"""Remakes the table of kernels in docs/performance.md: MMFuser's sampling by matmul against a gather, SVA on maps cut
+into windows against whole maps. Forward and backward, to the weights, in SVA also to the inputs: MMFuser's come from
 frozen encoders. Needs libtpu; minutes.
 
     python benchmarks/visual_kernels.py [--only WORD]     only rows whose name holds WORD; the others keep their figures
@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxmllm.plan.compile import devices_of, prepare
 
@@ -27,9 +28,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from jaxmllm.aggregators.sva import SVALayer, window_mask  # noqa: E402
-from jaxmllm.batch import Memory  # noqa: E402
+from jaxmllm.aggregators.sva import SVALayer, to_memory, window_mask  # noqa: E402
 from jaxmllm.fusers.mmfuser import DeformableAttention, MMFuser  # noqa: E402
+from jaxmllm.nn.attention import MASKED  # noqa: E402
 from jaxmllm.nn.primitives import Linear, Norm, Table, normal  # noqa: E402
 from jaxmllm.plan.chips import topology  # noqa: E402
 from jaxmllm.plan.hlo import parse  # noqa: E402
@@ -67,84 +68,87 @@ class GatherMMFuser(MMFuser):
         return GatherAttention(self.heads, self.points, name=name)
 
 
-class SVALayers(nn.Module):
-    """Layers one after another on the same memory, as in Cambrian-1's connector."""
+class WholeLayer(SVALayer):
+    """SVALayer on whole maps [N, h, w, C], viewed as [N, L, m, L, m, C] where queries meet them."""
+
+    @nn.compact
+    def __call__(self, query: jax.Array, memory: WholeMaps) -> jax.Array:
+        n, grid, _, q_width = query.shape
+        shape = (self.heads, self.width // self.heads)
+        plain = dict(use_bias=False)
+        context = Linear((self.width,), **plain, name="proj_context")(memory.context)
+        context = jnp.broadcast_to(context[:, None, None], (n, grid, grid, self.width))
+        x = Linear((self.width,), **plain, name="proj_in")(jnp.concatenate([query, context], -1))
+        q = Linear((self.width,), **plain, name="q_proj")(Norm(name="q_norm")(x)).reshape(n, grid, grid, *shape)
+        scores, values = [], []
+        for k, (f, mask) in enumerate(zip(memory.maps, memory.masks)):
+            m = f.shape[1] // grid
+            if m > 1:
+                f = f + jnp.tile(Table((m, m, self.width), normal(1.0), name=f"pos_embed_{k}")(), (grid, grid, 1))
+            keys = Linear((self.width,), **plain, name=f"k_proj_{k}")(Norm(name=f"k_norm_{k}")(f))
+            vals = Linear((self.width,), **plain, name=f"v_proj_{k}")(Norm(name=f"v_norm_{k}")(f))
+            keys, vals = (y.reshape(n, grid, m, grid, m, *shape) for y in (keys, vals))
+            seen = jnp.moveaxis(window_mask(mask, grid), 1, -1)[:, :, :, None]
+            s = jnp.einsum("nijhd,niajbhd->nijhab", q, keys, preferred_element_type=jnp.float32)
+            s = s.reshape(*s.shape[:4], m * m) * shape[1] ** -0.5
+            scores.append(jnp.where(seen, s, MASKED))
+            values.append(vals)
+        weights, y, start = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(x.dtype), 0.0, 0
+        for vals in values:
+            m = vals.shape[2]
+            w = weights[..., start : start + m * m].reshape(*weights.shape[:4], m, m)
+            y = y + jnp.einsum("nijhab,niajbhd->nijhd", w, vals)
+            start += m * m
+        y = Linear((self.width,), **plain, name="o_proj")(y.reshape(x.shape))
+        z = Linear((self.width,), **plain, name="linear_1")(Norm(name="norm")(x + y))
+        z = jax.nn.gelu(z, approximate=False)
+        return query + Linear((q_width,), **plain, name="linear_2")(z)
+
+
+class WholeMaps(NamedTuple):
+    """What SVA is given: maps [N, h, w, C] and masks bool[N, h, w] of all encoders, context [N, C]."""
+
+    maps: tuple[jax.Array, ...]
+    masks: tuple[jax.Array, ...]
+    context: jax.Array
+
+
+class WholeLayers(nn.Module):
+    """Layers one after another on the same maps, as in Cambrian-1's connector."""
 
     width: int
     depth: int = 3
-    layer: type = SVALayer
+    layer: type = WholeLayer
 
     @nn.compact
-    def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
+    def __call__(self, query: jax.Array, maps: WholeMaps) -> jax.Array:
         for i in range(self.depth):
-            query = self.layer(self.width, name=f"layer_{i}")(query, memory)
+            query = self.layer(self.width, name=f"layer_{i}")(query, maps)
         return query
 
 
-class FoldedLayer(nn.Module):
-    """SVALayer on sequences: queries [N*L*L, Q], features [N*L*L, m*m, C], masks [N*L*L, m*m], context [N*L*L, C]."""
-
-    width: int
-    heads: int = 16
+class SVALayers(WholeLayers):
+    layer: type = SVALayer
 
     @nn.compact
-    def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
-        shape, names = (self.heads, self.width // self.heads), ("heads", None)
-        plain = dict(use_bias=False)
-        context = Linear((self.width,), **plain, name="proj_context")(memory.context)
-        x = Linear((self.width,), **plain, name="proj_in")(jnp.concatenate([query, context], -1))
-        q = Linear(shape, ("embed",), names, **plain, name="q_proj")(Norm(name="q_norm")(x))
-        keys, values = [], []
-        for k, f in enumerate(memory.features):
-            if f.shape[1] > 1:
-                m = round(f.shape[1] ** 0.5)
-                f = f + Table((m, m, self.width), normal(1.0), name=f"pos_embed_{k}")().reshape(f.shape[1:])
-            keys.append(Linear(shape, ("embed",), names, **plain, name=f"k_proj_{k}")(Norm(name=f"k_norm_{k}")(f)))
-            values.append(Linear(shape, ("embed",), names, **plain, name=f"v_proj_{k}")(Norm(name=f"v_norm_{k}")(f)))
-        mask = jnp.concatenate(memory.masks, -1)[:, None]
-        scores = jnp.einsum("bhd,bshd->bhs", q, jnp.concatenate(keys, 1), preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask, scores * shape[1] ** -0.5, -1e30), -1).astype(x.dtype)
-        y = jnp.einsum("bhs,bshd->bhd", weights, jnp.concatenate(values, 1))
-        y = Linear((self.width,), names, ("embed",), **plain, name="o_proj")(y)
-        z = Linear((self.width,), out_axes=("mlp",), **plain, name="linear_1")(Norm(name="norm")(x + y))
-        z = jax.nn.gelu(z, approximate=False)
-        return query + Linear(query.shape[-1:], ("mlp",), ("embed",), **plain, name="linear_2")(z)
-
-
-class FoldedLayers(SVALayers):
-    layer: type = FoldedLayer
-
-    @nn.compact
-    def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
-        n, side, _, c = query.shape
-        masks = tuple(window_mask(mask, side).reshape(n * side * side, -1) for mask in memory.masks)
-        folded = Memory(
-            tuple(fold(f, side) for f in memory.features), masks, jnp.repeat(memory.context, side * side, 0)
-        )
-        return super().__call__(query.reshape(-1, c), folded).reshape(query.shape)
-
-
-def fold(x: jax.Array, grid: int) -> jax.Array:
-    """[N, h, w, C] -> [N * grid * grid, m * m, C]: every window a sequence of its own."""
-    n, h, _, c = x.shape
-    x = x.reshape(n, grid, h // grid, grid, h // grid, c).swapaxes(2, 3)
-    return x.reshape(n * grid * grid, (h // grid) ** 2, c)
+    def __call__(self, query: jax.Array, maps: WholeMaps) -> jax.Array:
+        return super().__call__(query, to_memory(*maps, query.shape[1]))
 
 
 def taps(make: Callable, images: int) -> tuple:
     return (make((5, images, 24, 24, 1024)),)
 
 
-def memory(make: Callable, images: int) -> tuple:
+def maps(make: Callable, images: int) -> tuple:
     masks = tuple(jnp.ones((images, side, side), bool) for side in SIDES)
     features = tuple(make((images, side, side, 1024)) for side in SIDES)
-    return make((images, 24, 24, 1024)), Memory(features, masks, make((images, 1024)))
+    return make((images, 24, 24, 1024)), WholeMaps(features, masks, make((images, 1024)))
 
 
 # name -> (ours, the other form, what they take, whether their inputs have gradients)
 ROWS = {
     "MMFuser, CLIP-L/336, 5 taps: matmul / gather": (MMFuser(), GatherMMFuser(), taps, False),
-    "SVA, Cambrian-8B, 3 layers: whole grid / folded": (SVALayers(1024), FoldedLayers(1024), memory, True),
+    "SVA, Cambrian-8B, 3 layers: windows / whole maps": (SVALayers(1024), WholeLayers(1024), maps, True),
 }
 
 

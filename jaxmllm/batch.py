@@ -68,10 +68,13 @@ class VisualTokens:
 
 @_struct
 class Memory:
-    """Projected encoder features for cross-attention, shared by the connector and the in-LLM layers."""
+    """Projected encoder features for cross-attention, shared by the connector and the in-LLM layers.
 
-    features: tuple[jax.Array, ...]  # per encoder [N, h, w, C]
-    masks: tuple[jax.Array, ...]  # per encoder bool[N, h, w]; True = not padding
+    Query (i, j) of the L x L grid sees [:, :, i, j], in every encoder m*m cells, row-major.
+    """
+
+    windows: tuple[jax.Array, ...]  # per encoder [N, m*m, L, L, C]
+    masks: tuple[jax.Array, ...]  # per encoder bool[N, m*m, L, L]; True = to be looked at
     context: jax.Array  # [N, C]
 
 

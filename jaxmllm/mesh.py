@@ -156,10 +156,8 @@ def row_major(x: jax.Array) -> jax.Array:
     """
     if not has_mesh() or platform() != "tpu":
         return x
-    spec = jax.typeof(x).sharding.spec
     # On each device's own part: the partitioner would gather the whole array for the constraint.
-    own = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return jax.shard_map(own, in_specs=spec, out_specs=spec)(x)
+    return on_own(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), x)
 
 
 def parts(x: jax.Array, dimension: int) -> int:
@@ -176,8 +174,8 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 
 def check_split(what: str, shape: tuple[int, ...], names: tuple[str | None, ...]) -> None:
     """Raises ValueError, naming the tensor, its shape and the axis, if a dimension does not divide over the mesh."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    for i, name in enumerate(names):
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for i, name in enumerate(names if has_mesh() else ()):
         axes = RULES.get(name, ())
         parts = math.prod(sizes[a] for a in axes)
         if shape[i] % parts:
@@ -279,12 +277,14 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: row[i])(x, index)
 
 
-def on_own_rows(f, x: jax.Array, *weights: jax.Array) -> jax.Array:
-    """f(x, *weights) on each device's rows of the batch-first x, the weights whole: for what XLA splits wrongly."""
+def on_own(f, x, *others):
+    """f(x, *others) on each device's part of them, as they lie; the result is split as x. For what XLA splits wrongly,
+    or what needs the device's own sizes.
+    """
     if not has_mesh():
-        return f(x, *weights)
-    rows = P(jax.typeof(x).sharding.spec[0])
-    return jax.shard_map(f, in_specs=(rows, *[P()] * len(weights)), out_specs=rows)(x, *weights)
+        return f(x, *others)
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (x, *others))
+    return jax.shard_map(f, in_specs=specs, out_specs=specs[0])(x, *others)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmllm.aggregators.sva import SVALayer, window_mask
-from jaxmllm.batch import Memory
+from jaxmllm.aggregators.sva import SVALayer, to_memory, window_mask
 from jaxmllm.data.images import key_mask, padding, token_mask
 from jaxmllm.fusers.mmfuser import DeformableAttention, MMFuser
 from jaxmllm.train.state import unflatten
@@ -54,7 +53,7 @@ def sva(case: Case) -> Check:
     )
 
     def start(x):
-        memory = Memory(tuple(numbered(x, "features")), tuple(numbered(x, "key_mask")), x["context"])
+        memory = to_memory(numbered(x, "features"), numbered(x, "key_mask"), x["context"], side)
         shape = (x["context"].shape[0], side, side, c["query_width"])
         return jnp.broadcast_to(x["query"], shape), memory  # the connector has one query for all
 
@@ -85,7 +84,7 @@ def cambrian_masks(case: Case) -> Check:
             "token_mask": tokens,
             "image_position_ids": tokens.reshape(len(sizes), -1).cumsum(1) - 1,
             "key_mask": keys,
-            "usable_keys_per_window": window_mask(jnp.asarray(keys), grid).sum(-1),
+            "usable_keys_per_window": window_mask(jnp.asarray(keys), grid).sum(1),
             "padding": pads.repeat(2, -1).reshape(len(sizes), -1),
         }
 

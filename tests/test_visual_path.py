@@ -16,8 +16,8 @@ import pytest
 
 from jaxmllm.aggregators.mlp import MLPProjector, Projector
 from jaxmllm.aggregators.mof import AdditiveMoF, InterleavedMoF
-from jaxmllm.aggregators.sva import SVA, SVALayer
-from jaxmllm.batch import EncoderInput, FeatureMap, MapShape, Memory, TokenLayout, VisualLayout
+from jaxmllm.aggregators.sva import SVA, SVALayer, to_memory
+from jaxmllm.batch import EncoderInput, FeatureMap, MapShape, TokenLayout, VisualLayout
 from jaxmllm.data.samples import image_places
 from jaxmllm.fusers.average import Average, WeightedAverage
 from jaxmllm.fusers.concat import Concat
@@ -361,7 +361,7 @@ def test_global_attention_of_mmfuser():
 
 def test_gated_sva_starts_as_the_identity():
     layer, query = SVALayer(8, 2, gate=True), taps(2, 4, 4, 6)
-    memory = Memory((taps(2, 8, 8, 8),), (jnp.ones((2, 8, 8), bool),), taps(2, 8))
+    memory = to_memory([taps(2, 8, 8, 8)], [jnp.ones((2, 8, 8), bool)], taps(2, 8), 4)
     np.testing.assert_array_equal(layer.init_with_output(jax.random.key(0), query, memory)[0], query)
 
 

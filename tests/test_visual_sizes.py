@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmllm.aggregators.sva import SVA, SVALayer
-from jaxmllm.batch import FeatureMap, Memory
+from jaxmllm.aggregators.sva import SVA, SVALayer, to_memory
+from jaxmllm.batch import FeatureMap
 from jaxmllm.fusers.mmfuser import MMFuser
 from tests.golden_case import shapes
 from tools import visual_table
@@ -70,11 +72,9 @@ def test_parameters_of_cambrian(width, layers, parameters):
     sva = SVA(1024, width, 24)
     sides = [m.h for m in visual_table.CAMBRIAN.values()]
     array = visual_table.array
-    memory = Memory(
-        tuple(array(1, side, side, 1024) for side in sides),
-        tuple(array(1, side, side, dtype=jnp.bool_) for side in sides),
-        array(1, 1024),
-    )
+    features = [array(1, side, side, 1024) for side in sides]
+    masks = [array(1, side, side, dtype=jnp.bool_) for side in sides]
+    memory = jax.eval_shape(partial(to_memory, grid=24), features, masks, array(1, 1024))
     inside = shapes(SVALayer(1024), array(1, 24, 24, width), memory)
     new = count_aggregator(sva, visual_table.CAMBRIAN) + layers * sum(map(math.prod, inside.values()))
     assert new == parameters

@@ -9,6 +9,7 @@ multiply-add is two).
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -20,8 +21,8 @@ from jaxmllm.aggregators.mof import AdditiveMoF, InterleavedMoF
 from jaxmllm.aggregators.pixel_shuffle import PixelShuffle
 from jaxmllm.aggregators.qformer import QFormer
 from jaxmllm.aggregators.resampler import Resampler
-from jaxmllm.aggregators.sva import SVA, SVALayer
-from jaxmllm.batch import FeatureMap, MapShape, Memory
+from jaxmllm.aggregators.sva import SVA, SVALayer, to_memory
+from jaxmllm.batch import FeatureMap, MapShape
 from jaxmllm.fusers.average import Average, WeightedAverage
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.fusers.dense_connector import STI, dci, sci
@@ -95,9 +96,10 @@ def measure_aggregator(aggregator: nn.Module, maps: dict[str, MapShape]) -> tupl
 def measure_in_llm(width: int) -> tuple[int, float]:
     """One SVA layer of Cambrian-1 inside a language model."""
     sides = [m.h for m in CAMBRIAN.values()]
-    features = tuple(array(1, side, side, 1024) for side in sides)
-    masks = tuple(array(1, side, side, dtype=jnp.bool_) for side in sides)
-    return measure(SVALayer(1024), array(1, 24, 24, width), Memory(features, masks, array(1, 1024)))
+    features = [array(1, side, side, 1024) for side in sides]
+    masks = [array(1, side, side, dtype=jnp.bool_) for side in sides]
+    memory = jax.eval_shape(partial(to_memory, grid=24), features, masks, array(1, 1024))
+    return measure(SVALayer(1024), array(1, 24, 24, width), memory)
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 A grid of L x L queries; query (i, j) sees, in every encoder k, only its own window of m_k x m_k cells (m_k = grid of
 the encoder / L), and one softmax runs over the cells of all encoders. Reference: vision_sampler.py and
-cambrian_arch.py. The windows are never folded into a batch of short sequences: keys and values are made once on the
-whole grid and only viewed as [L, m, L, m].
+cambrian_arch.py. Maps are cut into windows once, not in every layer.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -19,19 +21,57 @@ from jaxmllm.nn.attention import MASKED
 from jaxmllm.nn.maps import need_plain, resize
 from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
 
-_HEADS = ("heads", None)
+
+def windows(x: jax.Array, grid: int) -> jax.Array:
+    """[N, h, w, ...] -> [N, m*m, L, L, ...]: slice k holds cell k, row-major, of all L x L = grid x grid windows.
+
+    Queries meet a slice element by element. So made, with the cells in front, that is fastest on a TPU: it keeps the
+    last two dimensions in tiles.
+    """
+    n, m, rest = x.shape[0], x.shape[1] // grid, x.shape[3:]
+    if m == 1:
+        return x[:, None]
+    x = mesh.reshape(x, n, grid, m, grid, m, *rest)
+    x = x.transpose(0, 2, 4, 1, 3, *range(5, x.ndim))
+    return mesh.reshape(x, n, m * m, grid, grid, *rest)
 
 
 def window_mask(mask: jax.Array, grid: int) -> jax.Array:
-    """bool[N, h, w] -> bool[N, L, L, m*m], row-major in the window; a window with no usable key is all usable.
+    """bool[N, h, w] -> bool[N, m*m, L, L]; a window with no usable key is all usable.
 
     That rule is the reference's (it avoids a softmax over nothing) and holds per encoder, so an encoder with m = 1 is
     never masked.
     """
-    n, m = mask.shape[0], mask.shape[1] // grid
-    mask = mesh.reshape(mask, n, grid, m, grid, m).swapaxes(2, 3)
-    mask = mesh.reshape(mask, n, grid, grid, m * m)
-    return mask | ~mask.any(-1, keepdims=True)
+    mask = windows(mask, grid)
+    return mask | ~mask.any(1, keepdims=True)
+
+
+def to_memory(features: Sequence[jax.Array], masks: Sequence[jax.Array], context: jax.Array, grid: int) -> Memory:
+    """Projected maps [N, h, w, C] of all encoders and their masks bool[N, h, w], cut into windows."""
+    cut = tuple(windows(x, grid) for x in features)
+    # Kept apart: XLA would cut anew inside every sum over channels, at 300 times the cycles of the sum (v5p).
+    return Memory(jax.lax.optimization_barrier(cut), tuple(window_mask(x, grid) for x in masks), context)
+
+
+def attend(
+    q: jax.Array, keys: list[jax.Array], values: list[jax.Array], masks: tuple[jax.Array, ...], head_dim: int
+) -> jax.Array:
+    """q [N, L, L, C]; per encoder keys, values [N, m*m, L, L, C] and bool[N, m*m, L, L] -> [N, L, L, C].
+
+    A query meets too few keys for a matmul of its own. Products are by element, on channels that fill the lanes of a
+    TPU; a matrix of ones and zeros then adds up those of each head, and spreads a head's weight over its channels.
+    """
+    head = jnp.repeat(jnp.eye(q.shape[-1] // head_dim, dtype=q.dtype), head_dim, 0)  # [C, heads]
+    scores = [jnp.dot(k * q[:, None], head, preferred_element_type=jnp.float32) for k in keys]
+    scores = jnp.concatenate(scores, 1) * head_dim**-0.5
+    mask = jnp.concatenate(masks, 1)[..., None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), 1).astype(q.dtype)
+    y, start = 0.0, 0
+    for v in values:
+        w = weights[:, start : start + v.shape[1]]
+        y = y + (jnp.dot(w, head.T) * v).sum(1)
+        start += v.shape[1]
+    return y
 
 
 class SVALayer(nn.Module):
@@ -48,47 +88,32 @@ class SVALayer(nn.Module):
     @nn.compact
     def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
         n, grid, _, q_width = query.shape
-        shape = (self.heads, self.width // self.heads)
         dtype = query.dtype
+        mesh.check_split("heads of SVALayer", (self.heads,), ("heads",))
         context = Linear((self.width,), use_bias=False, name="proj_context")(memory.context.astype(dtype))
         context = jnp.broadcast_to(context[:, None, None], (n, grid, grid, self.width))
         x = jnp.concatenate([query, mesh.shard(context, "batch", None, None, None)], -1)
         x = Linear((self.width,), use_bias=False, name="proj_in")(x)
-        q = Linear(shape, ("embed",), _HEADS, use_bias=False, name="q_proj")(Norm(name="q_norm")(x))
 
-        scores, values = [], []
-        for k, (features, mask) in enumerate(zip(memory.features, memory.masks)):
-            f, m = features.astype(dtype), features.shape[1] // grid
+        def project(y: jax.Array, what: str, encoder: str = "") -> jax.Array:
+            y = Norm(name=f"{what}_norm{encoder}")(y)
+            return Linear((self.width,), out_axes=("heads",), use_bias=False, name=f"{what}_proj{encoder}")(y)
+
+        q, keys, values = project(x, "q"), [], []
+        for k, f in enumerate(memory.windows):
+            f, m = f.astype(dtype), round(f.shape[1] ** 0.5)
             if m > 1:
                 place = Table((m, m, self.width), normal(1.0), name=f"pos_embed_{k}")().astype(dtype)
-                f = f + jnp.tile(place, (grid, grid, 1))
-            keys = Linear(shape, ("embed",), _HEADS, use_bias=False, name=f"k_proj_{k}")(Norm(name=f"k_norm_{k}")(f))
-            vals = Linear(shape, ("embed",), _HEADS, use_bias=False, name=f"v_proj_{k}")(Norm(name=f"v_norm_{k}")(f))
-            keys, vals = (self.windows(y, grid, m) for y in (keys, vals))
-            s = jnp.einsum("nijhd,niajbhd->nijhab", q, keys, preferred_element_type=jnp.float32)
-            s = mesh.reshape_to(s, (*s.shape[:4], m * m), "batch", None, None, "heads", None)
-            scores.append(jnp.where(window_mask(mask, grid)[:, :, :, None], s * shape[1] ** -0.5, MASKED))
-            values.append(vals)
-
-        weights = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(dtype)
-        y, start = 0.0, 0
-        for vals in values:
-            m = vals.shape[2]
-            w = weights[..., start : start + m * m]
-            w = mesh.reshape_to(w, (*w.shape[:4], m, m), "batch", None, None, "heads", None, None)
-            y = y + jnp.einsum("nijhab,niajbhd->nijhd", w, vals)
-            start += m * m
-        y = Linear((self.width,), _HEADS, ("embed",), use_bias=False, name="o_proj")(y)
+                f = f + mesh.reshape(place, m * m, 1, 1, self.width)
+            keys.append(project(f, "k", f"_{k}"))
+            values.append(project(f, "v", f"_{k}"))
+        by_head = functools.partial(attend, head_dim=self.width // self.heads)
+        y = mesh.on_own(by_head, q, keys, values, memory.masks)
+        y = Linear((self.width,), ("heads",), ("embed",), use_bias=False, name="o_proj")(y)
         z = Norm(name="norm")(x + y)
         z = jax.nn.gelu(Linear((self.width,), out_axes=("mlp",), use_bias=False, name="linear_1")(z), approximate=False)
         init = nn.initializers.zeros if self.gate else None
         return query + Linear((q_width,), ("mlp",), ("embed",), use_bias=False, kernel_init=init, name="linear_2")(z)
-
-    @staticmethod
-    def windows(y: jax.Array, grid: int, m: int) -> jax.Array:
-        """[N, h, w, heads, d] -> [N, L, m, L, m, heads, d], heads still split over their mesh axis."""
-        n, _, _, heads, d = y.shape
-        return mesh.reshape_to(y, (n, grid, m, grid, m, heads, d), "batch", None, None, None, None, "heads", None)
 
 
 class SVA(nn.Module):
@@ -121,8 +146,8 @@ class SVA(nn.Module):
                     raise ValueError(
                         f"SVA: grid {x.h} x {x.w} of encoder {name!r} must be square and a multiple of {side}"
                     )
-        windows = all(x.h % self.grid == 0 for x in maps.values())
-        return TokenLayout(self.llm_width, self.grid, self.newline, unpad=True, memory=windows)
+        inside = all(x.h % self.grid == 0 for x in maps.values())
+        return TokenLayout(self.llm_width, self.grid, self.newline, unpad=True, memory=inside)
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -136,13 +161,14 @@ class SVA(nn.Module):
             x = MLP(self.width, self.width, name=f"projector_{name}")(x.cells)
             features.append(Norm(name=f"projector_norm_{name}")(x))
         context = features[0].mean((1, 2))
-        memory = Memory(tuple(features), tuple(masks[name] for name in maps), context)
+        cut = functools.cache(functools.partial(to_memory, features, [masks[name] for name in maps], context))
         queries = Table((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
         outputs = []
         for g, side in enumerate(self.sides):
             x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side, side)
             for layer in range(self.depth):
-                x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, memory)
+                x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, cut(side))
             outputs.append(resize(x, self.grid, self.grid))
         x = MLP(self.llm_width, self.llm_width, name="projector")(jnp.concatenate(outputs, -1))
-        return VisualTokens(lay_out(x, self.newline), memory)
+        inside = all(x.shape[1] % self.grid == 0 for x in features)
+        return VisualTokens(lay_out(x, self.newline), cut(self.grid) if inside else None)

@@ -100,7 +100,7 @@ class Conv(_Params):
 
         # Left to XLA (jax 0.10.2), a depthwise kernel's gradient is doubled on a mesh that also splits over tensor.
         # Shifted products are right too and faster on CPU, but at 7x7 take four times the cycles on v5p (docs/log.md).
-        y = mesh.on_own_rows(conv, x, mesh.gather_param(kernel, axes).astype(x.dtype))
+        y = mesh.on_own(conv, x, mesh.gather_param(kernel, axes).astype(x.dtype))
         return y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype) if self.use_bias else y
 
 

@@ -117,7 +117,7 @@ def sva_layer(windows: list[int]) -> Table:
             table += dense(f"cross_attn.{x}_proj_{k}.1", f"{x}_proj_{k}", bias=False)
         if window > 1:
             table += copy(f"pos_embed_{k}", f"pos_embed_{k}/value", CELLS)
-    table += dense("cross_attn.o_proj", "o_proj", inputs=2, bias=False) + norm("norm", "norm")
+    table += dense("cross_attn.o_proj", "o_proj", bias=False) + norm("norm", "norm")
     return table + join(dense(f"proj_out.{x}", x, bias=False) for x in ("linear_1", "linear_2"))
 
 
