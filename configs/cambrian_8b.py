@@ -4,14 +4,18 @@
                                                   SVA, 24 x 24 queries, 3 layers -> Llama-3-8B, 10 SVA layers inside
     518 px -> DINOv2 ViT-L/14, 5 taps -> MMFuser /
 
-Two encoders instead of Cambrian-1's four. Tokenizer, pictures and conversations are the user's: paths under data/.
+Two encoders instead of Cambrian-1's four, which `cambrian_8b.py:published` has. Tokenizer, pictures and conversations
+are the user's: paths under data/.
 """
+
+import dataclasses
 
 from jaxmllm.aggregators.sva import SVA, SVALayer
 from jaxmllm.config import Data, Optim, Rule, Run, Source, Stage
 from jaxmllm.data.templates import LLAMA3
-from jaxmllm.encoders.presets import clip_l_336, dinov2_l
+from jaxmllm.encoders.presets import cambrian, clip_l_336, dinov2_l
 from jaxmllm.fusers.mmfuser import MMFuser
+from jaxmllm.fusers.single import Single
 from jaxmllm.llms import presets
 from jaxmllm.llms.decoder import Inserts
 from jaxmllm.mllm import MLLM
@@ -51,3 +55,10 @@ def config() -> Run:
             Stage("instruct", (questions,), 13_800, 256, (frozen, Rule(".*")), losses, Optim(4e-5)),
         ),
     )
+
+
+def published() -> Run:
+    """Cambrian-1's own visual path: four encoders' last maps, ConvNeXt's with windows of 4 x 4 cells."""
+    base, encoders = config(), cambrian(GRID)
+    model = base.model.clone(encoders=encoders, fusers={name: Single() for name in encoders})
+    return dataclasses.replace(base, name="cambrian_8b_published", model=model)
