@@ -59,8 +59,23 @@ def dot_product_attention(
         seen = same if seen is None else seen & same
     if seen is not None:
         seen = seen[:, None, :, None]
+    blocks = causal_blocks(q, k) if causal and isinstance(q_offset, int) and not q_offset else 1
     q, k, v = q.transpose(0, 2, 1, 3, 4) * q.shape[-1] ** -0.5, k.swapaxes(1, 2), v.swapaxes(1, 2)
-    return _attend(q, k, v, seen).transpose(0, 2, 1, 3, 4)
+    y, size = [], q.shape[2] // blocks
+    for start in range(0, q.shape[2], size):  # a block of queries sees no keys behind its last one
+        own = slice(start, start + size)
+        keys = slice(start + size) if blocks > 1 else slice(None)
+        own_seen = None if seen is None else seen[:, :, own, :, keys]
+        y.append(_attend(q[:, :, own], k[:, :, keys], v[:, :, keys], own_seen))
+    return jnp.concatenate(y, 2).transpose(0, 2, 1, 3, 4)
+
+
+def causal_blocks(q: jax.Array, k: jax.Array) -> int:
+    """Into how many blocks of queries, of 256 or more, causal attention of q [B, S, ...] to k [B, S, ...] is cut."""
+    s = q.shape[1]
+    if s != k.shape[1] or (mesh.has_mesh() and mesh.parts(q, 1) > 1):
+        return 1
+    return max(n for n in (1, 2, 4, 8) if s % n == 0 and (n == 1 or s // n >= 256))
 
 
 _HEADS = ((0, 1), (0, 1))  # batch and key heads
