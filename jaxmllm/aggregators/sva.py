@@ -62,14 +62,17 @@ def attend(
     TPU; a matrix of ones and zeros then adds up those of each head, and spreads a head's weight over its channels.
     """
     head = jnp.repeat(jnp.eye(q.shape[-1] // head_dim, dtype=q.dtype), head_dim, 0)  # [C, heads]
-    scores = [jnp.dot(k * q[:, None], head, preferred_element_type=jnp.float32) for k in keys]
+    with jax.named_scope("gather"):  # to a plan: no FLOPs of the model
+        scores = [jnp.dot(k * q[:, None], head, preferred_element_type=jnp.float32) for k in keys]
     scores = jnp.concatenate(scores, 1) * head_dim**-0.5
     mask = jnp.concatenate(masks, 1)[..., None]
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), 1).astype(q.dtype)
     y, start = 0.0, 0
     for v in values:
         w = weights[:, start : start + v.shape[1]]
-        y = y + (jnp.dot(w, head.T) * v).sum(1)
+        with jax.named_scope("gather"):
+            w = jnp.dot(w, head.T)
+        y = y + (w * v).sum(1)
         start += v.shape[1]
     return y
 

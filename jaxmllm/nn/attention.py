@@ -71,9 +71,9 @@ def dot_product_attention(
 
 
 def causal_blocks(q: jax.Array, k: jax.Array) -> int:
-    """Into how many blocks of queries, of 256 or more, causal attention of q [B, S, ...] to k [B, S, ...] is cut."""
+    """Into how many blocks of 256 queries or more a CPU cuts causal attention of q [B, S, ...] to k [B, S, ...]."""
     s = q.shape[1]
-    if s != k.shape[1] or (mesh.has_mesh() and mesh.parts(q, 1) > 1):
+    if mesh.platform() != "cpu" or s != k.shape[1] or mesh.parts(q, 1) > 1:
         return 1
     return max(n for n in (1, 2, 4, 8) if s % n == 0 and (n == 1 or s // n >= 256))
 
