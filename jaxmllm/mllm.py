@@ -145,20 +145,20 @@ class MLLM(nn.Module):
 
     def task_places(self, batch: Batch, name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         """For every image: which tokens of its row teacher `name` may read, bool[B, I, S]; where its task tokens
-        stand, int32[B, I, tokens]; where its cells (of several tokens: the first) stand, int32[B, I, L*L]. It reads its
-        own sample except other teachers' task tokens."""
+        stand, int32[B, I, tokens]; where its cells (of several tokens: the first) stand, int32[B, I, L*L]. -1: nowhere,
+        as padding's cells may. It reads its own sample except other teachers' task tokens."""
         layout, names = self.layout, list(self.distill)
         count, grid, columns, per_cell = (getattr(layout.tokens, x) for x in ("count", "grid", "columns", "per_cell"))
         start = count + sum(self.distill[n].tokens for n in names[: names.index(name)])
         stop = start + self.distill[name].tokens
         token = jnp.where(batch.visual_index >= 0, batch.visual_index % layout.block, -1)
         others = (token >= count) & ((token < start) | (token >= stop))
-        at = jnp.maximum(batch.visual_positions, 0)
+        at = batch.visual_positions
         b, slots, _ = at.shape
         patches = mesh.reshape(at[:, :, : grid * columns], b, slots, grid, columns)
         patches = mesh.reshape(patches[..., : grid * per_cell : per_cell], b, slots, grid**2)
         segments = mesh.shard(batch.segment_ids, "batch", None)
-        own = mesh.take_rows(segments[..., None], at[:, :, start])  # [B, I, 1]: the image's sample
+        own = mesh.take_rows(segments[..., None], jnp.maximum(at[:, :, start], 0))  # [B, I, 1]: the image's sample
         visible = (segments[:, None] == own) & (segments > 0)[:, None]
         return visible & ~mesh.shard(others, "batch", None)[:, None], at[:, :, start:stop], patches
 

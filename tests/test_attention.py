@@ -1,4 +1,4 @@
-"""Attention kernels: splash, run by Pallas's interpreter on CPU, against XLA's plain form."""
+"""Attention kernels: flash and splash, run by Pallas's interpreter on CPU, against XLA's plain form."""
 
 import subprocess
 import sys
@@ -30,28 +30,29 @@ def example(s: int, segments: list | None, dtype=jnp.float32):
     return q, k, v, segments, w * (segments > 0)[..., None, None, None]
 
 
-def assert_splash_equals_xla(s: int, segments: list | None, causal: bool) -> None:
+def assert_kernel_equals_xla(kernel, s: int, segments: list | None, causal: bool) -> None:
     """Outputs and gradients of q, k and v, except those of padding; call with a mesh set."""
     q, k, v, segments, w = example(s, segments)
 
     def plain(q, k, v):
         return dot_product_attention(q, k, v, causal=causal, q_segments=segments, kv_segments=segments) * w
 
-    def splash(q, k, v):
-        return kernels.splash(q, k, v, causal, segments, segments, interpret=True) * w
+    def special(q, k, v):
+        return kernel(q, k, v, causal, segments, segments, interpret=True) * w
 
     wanted, found = (
-        jax.jit(lambda *x, f=f: (f(*x), jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(*x))) for f in (plain, splash)
+        jax.jit(lambda *x, f=f: (f(*x), jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(*x))) for f in (plain, special)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found(q, k, v), wanted(q, k, v))
 
 
+@pytest.mark.parametrize("kernel", [kernels.flash, kernels.splash], ids=["flash", "splash"])
 @pytest.mark.parametrize("s, segments, causal", [(200, SEGMENTS, True), (300, None, False)])
-def test_splash_equals_xla(monkeypatch, s, segments, causal):
-    """Causal with segments in two blocks, one backward kernel; full in three blocks with padding, two of them."""
+def test_kernel_equals_xla(monkeypatch, kernel, s, segments, causal):
+    """Causal with segments in two blocks; full in three blocks with padding."""
     monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
-        assert_splash_equals_xla(s, segments, causal)
+        assert_kernel_equals_xla(kernel, s, segments, causal)
 
 
 def heads_and_rows_split() -> None:
@@ -59,11 +60,12 @@ def heads_and_rows_split() -> None:
     kernels.MAX_BLOCK = 128
     with jax.set_mesh(mesh.Mesh(fsdp=1, tensor=2, context=2).build()):
         for causal in (True, False):
-            assert_splash_equals_xla(256, [[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], causal)
+            for kernel in (kernels.flash, kernels.splash):
+                assert_kernel_equals_xla(kernel, 256, [[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], causal)
 
 
 @pytest.mark.long
-def test_splash_equals_xla_with_heads_and_rows_split():
+def test_kernels_equal_xla_with_heads_and_rows_split():
     code = "from tests.test_attention import heads_and_rows_split; heads_and_rows_split()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=simulated(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

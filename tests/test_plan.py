@@ -21,7 +21,7 @@ from jaxmllm import main, mesh
 from jaxmllm.plan import compile as compiling
 from jaxmllm.plan import flops, hlo, report
 from jaxmllm.plan.chips import CHIPS, topology
-from jaxmllm.plan.price import SPLASH
+from jaxmllm.plan.kernels import FLASH, SPLASH
 from jaxmllm.plan.timeline import Timeline, phase, saved_bytes, stage
 from jaxmllm.plan.traffic import Network, first_group
 from jaxmllm.train.checkpoint import abstract_on
@@ -152,7 +152,6 @@ ENTRY %main (p: bf16[8]) -> bf16[8] {
     [
         ("fwd", "block_q: 512, block_kv: 1024, block_q_dkv: 512", "bf16[4,32,2048,128]", "fwd"),
         ("dkv", "block_q_dkv: 512, block_kv_dkv: 1024", "bf16[4,32,1024,128]", "dkv"),
-        ("dkv", "block_q_dkv: 512, block_kv_dkv: 1024", "bf16[4,2,32,2048,128]", "dkv fused"),
     ],
 )
 def test_splash_attention_is_priced_by_the_blocks_it_visits(kernel, note, result, per_score):
@@ -168,9 +167,28 @@ def test_splash_attention_is_priced_by_the_blocks_it_visits(kernel, note, result
     for scope, blocks in (("full", 8), ("causal", 6)):
         body = "\n".join(["ENTRY %e (m: s8[1,4,2]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
         (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
-        assert charge.model == "splash attention"
+        assert charge.model == "attention"
         expected = 4 * 32 * blocks * 512 * 1024 * SPLASH["v5p", 128][per_score] / 2  # two cores
         assert charge.cycles == pytest.approx(expected)
+
+
+def test_flash_attention_is_priced_by_what_its_queries_see():
+    shapes = {"m": "s32[40]", "a": "s32[2,1,2048]", "b": "s32[2,1,4096]", "q": "bf16[2,8,4,2048,128]"}
+    shapes["k"] = "bf16[2,8,4096,128]"
+    lines = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(shapes.items())]
+    call = (
+        "  ROOT %backward_flash_1024x1024.1 = bf16[2,8,4,2048,128] custom-call(%m, %a, %b, %q, %k, %k), "
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/SCOPE/pallas_call"}'
+    )
+    of_whole, of_masked, of_query, of_key = FLASH["v5p", 128]["backward"]
+    moved = 4 * 2 * 8 * 4096 * 128 * 2 / V5P.hbm_per_cycle  # k, v and their gradients
+    # The last half of causal rows: two blocks see two and three blocks whole, and three quarters of one more. Full
+    # rows: four blocks, the last with a mask, since the kernel has segments.
+    for scope, whole, masked in (("causal", 5, 2 * 0.75), ("full", 6, 2)):
+        body = "\n".join(["ENTRY %e (m: s32[40]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
+        (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
+        cycles = 64 * (1024**2 * (whole * of_whole + masked * of_masked) + 2048 * of_query) + 16 * 4096 * of_key
+        assert charge.model == "attention" and charge.cycles == pytest.approx(cycles / 2 + moved)  # two cores
 
 
 def test_programs_that_cannot_be_read_say_so():

@@ -44,8 +44,8 @@ def dot_product_attention(
     """
     kernel = kernels.choose(q, k, causal, q_offset)
     k, v = (checkpoint_name(x, "projection") for x in (k, v))
-    if kernel == "splash":  # names its own form of q
-        return kernels.splash(q, k, v, causal, q_segments, kv_segments)
+    if kernel in ("flash", "splash"):  # they name their own form of q
+        return getattr(kernels, kernel)(q, k, v, causal, q_segments, kv_segments)
     q = checkpoint_name(q, "projection")
     if kernel == "cudnn":
         return kernels.cudnn(q, k, v, causal, q_segments, kv_segments)

@@ -122,12 +122,13 @@ class EmbedDistill(nn.Module):
         self, layer: int, states: jax.Array, visible: jax.Array, places: jax.Array, patches: jax.Array
     ) -> jax.Array:
         """Prediction [N, n, d] at layers[layer]: states [B, S, H], visible bool[B, I, S] (what each image's predictor
-        may read), places int32[B, I, tokens], patches int32[B, I, L*L] (where its task tokens and patches stand)."""
+        may read), places int32[B, I, tokens], patches int32[B, I, L*L] (where its task tokens and patches stand, -1:
+        nowhere)."""
         b, slots, _ = places.shape
 
-        def at(index):  # [B, I, k] -> [B, I, k, H]
-            found = mesh.take_rows(states, mesh.reshape(index, b, slots * index.shape[2]))
-            return mesh.reshape(found, b, slots, index.shape[2], self.width)
+        def at(index):  # [B, I, k] -> [B, I, k, H]; 0 where nothing stands
+            found = mesh.take_rows(states, mesh.reshape(jnp.maximum(index, 0), b, slots * index.shape[2]))
+            return mesh.reshape(found, b, slots, index.shape[2], self.width) * (index >= 0)[..., None]
 
         if self.pooled:
             queries = mesh.repeat_rows(self.table().astype(states.dtype), b, slots)

@@ -13,27 +13,18 @@ import re
 
 from jaxmllm.plan.chips import Chip
 from jaxmllm.plan.hlo import Instruction, Module
+from jaxmllm.plan.kernels import kernel_cycles
 
 ROW_CYCLES = 64  # issue of one row's transfer; assumed, since no TPU figure is published
 WINDOW_EFFICIENCY = 0.95  # share of peak of a large matmul on its own, as the compiler estimates it
 KERNEL_EFFICIENCY = 0.45  # share of peak of a hand-written kernel; assumed
-# (chip, head size) -> cycles of one core for one score of a block of 1024 x 1024, by kernel: what libtpu 0.0.42
-# schedules (benchmarks/splash_blocks.py), waiting for memory not included.
-SPLASH = {
-    ("v5p", 64): {"fwd": 6.60e-3, "dkv fused": 1.05e-2, "dkv": 8.43e-3, "dq": 6.31e-3},
-    ("v5p", 128): {"fwd": 6.43e-3, "dkv fused": 1.01e-2, "dkv": 8.31e-3, "dq": 6.37e-3},
-    ("v6e", 64): {"fwd": 4.40e-3, "dkv fused": 6.47e-3, "dkv": 5.13e-3, "dq": 4.36e-3},
-    ("v6e", 128): {"fwd": 4.45e-3, "dkv fused": 6.29e-3, "dkv": 5.07e-3, "dq": 4.24e-3},
-}
-# Chips whose kernels were not compiled: priced as one with the same matrix units.
-ALIKE = {"v4": "v5p", "v5e": "v5p", "tpu7x": "v6e"}
 
 MODELS = {
     "gather": f"rows x max({ROW_CYCLES} cycles, row bytes at HBM rate); twice for a scatter, which reads and writes",
     "sort": "bytes at HBM rate x log2(n) (log2(n) + 1) / 2 passes",
     "windowed matmul": f"max(FLOPs at {WINDOW_EFFICIENCY:.0%} of peak, operands and results at HBM rate)",
     "kernel": f"max(FLOPs at {KERNEL_EFFICIENCY:.0%} of peak, bytes at HBM rate) of the kernel's own cost estimate",
-    "splash attention": "scores of the blocks that the mask touches x cycles the compiler schedules for one score",
+    "attention": "scores of the blocks that the mask touches x cycles the compiler schedules for one score",
     "kernel without estimate": "operands and results at HBM rate; its FLOPs count as nothing",
     "in-place update": "twice the updated bytes at HBM rate",
     "asynchronous copy": "nothing: it runs beside other work",
@@ -153,29 +144,6 @@ def kernel(each: Instruction, moved: float, chip: Chip) -> Price:
     if cost:
         compute = float(cost.get("flops", 0)) / (KERNEL_EFFICIENCY * chip.flops_per_cycle)
         return Price(max(compute, float(cost.get("bytes_accessed", 0)) / chip.hbm_per_cycle), "kernel", "kernel")
-    if cycles := splash_cycles(each, chip):
-        return Price(max(cycles, moved), "kernel", "splash attention")
+    if cycles := kernel_cycles(each, chip):
+        return Price(max(cycles, moved), "kernel", "attention")
     return Price(moved, "kernel", "kernel without estimate")
-
-
-def splash_cycles(each: Instruction, chip: Chip) -> float:
-    """Cycles of JAX's splash attention kernels, which carry no estimate; 0 for another kernel.
-
-    Blocks of queries x keys that the mask touches, at what the compiler schedules for one (SPLASH). Operands: q
-    [..., S, D], k [..., T, D]; sizes of blocks in the kernel's notes. One backward kernel that makes the gradient of
-    the queries too ("fused") has a result with one dimension more than q: a part for every block of keys.
-    """
-    name = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", each.name)
-    if not name:
-        return 0.0
-    suffix = {"fwd": "", "dkv": "_dkv", "dq": "_dq"}[name[1]]
-    bq, bk = (int(re.search(rf"block_{x}{suffix}\W+(\d+)", each.attributes)[1]) for x in ("q", "kv"))
-    query, key = [arrays[0].dims for arrays in each.inputs if arrays and arrays[0].dtype in ("bf16", "f32")][:2]
-    fused = name[1] == "dkv" and any(len(array.dims) > len(query) for array in each.arrays)
-    rows, columns, d = query[-2] // bq, key[-2] // bk, query[-1]
-    if "/causal/" in each.op_name:
-        blocks = sum(min(columns, math.ceil((i + 1) * bq / bk)) for i in range(rows))
-    else:
-        blocks = rows * columns
-    scheduled = SPLASH[ALIKE.get(chip.name, chip.name), 64 if d <= 64 else 128][name[1] + " fused" * fused]
-    return math.prod(query[:-2]) * blocks * bq * bk * scheduled * max(1, d / 128) / chip.cores

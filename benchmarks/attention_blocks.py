@@ -1,0 +1,112 @@
+"""Cycles the TPU compiler schedules for the parts of the attention kernels; no TPU is used. Prints the entries of
+FLASH and SPLASH in jaxmllm/plan/kernels.py. Needs libtpu; about half a minute of one core a line.
+
+python benchmarks/attention_blocks.py [--chips v5p v6e] [--head 64 128]
+
+A bundle is what a core issues in one cycle: the bundles of a straight piece of a kernel are its cycles without waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PLACES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+SIZE, GROUP = 1024, 4  # queries and keys of a block; query heads of a key head
+BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:\s*(>*)")  # a line; its depth of loops
+
+
+def compile_one(chip: str, head: int, kernel: str, blocks: int) -> None:
+    """Compiles forward and backward of a segmented causal row of one key head."""
+    from jaxmllm.plan.chips import topology
+    from jaxmllm.plan.compile import devices_of, prepare
+
+    prepare()
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from jaxmllm import mesh
+    from jaxmllm.nn import kernels
+    from jaxmllm.train.compiler import COMMON
+
+    one = mesh.Mesh(1, 1, 1, 1, 1).build(devices_of(topology(PLACES[chip]))[:1])
+
+    def total(q, k, v, segments):
+        return getattr(kernels, kernel)(q, k, v, True, segments, segments).astype(jnp.float32).sum()
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, mesh.spec(*mesh.batch_names(len(shape)))))
+
+    s = blocks * SIZE
+    with jax.set_mesh(one):
+        step = jax.jit(jax.grad(total, (0, 1, 2)), compiler_options=COMMON)
+        key = array(1, s, 1, head)
+        step.lower(array(1, s, 1, GROUP, head), key, key, array(1, s, dtype=jnp.int32)).compile()
+
+
+def schedules(chip: str, head: int, kernel: str, blocks: int) -> dict[str, list[int]]:
+    """Kernel -> depths of loops of all its bundles, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, __file__, "--one", chip, str(head), kernel, str(blocks)]
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        subprocess.run(words, check=True, env=os.environ | {"LIBTPU_INIT_ARGS": dump})
+        found = {}
+        for path in Path(folder).glob(f"*{kernel}*[0-9]-final_bundles.txt"):
+            name = re.search(r"(forward|backward)_flash|splash_mqa_(fwd|dkv|dq)", path.name)
+            lines = map(BUNDLE.match, path.read_text().splitlines())
+            found[name[1] or name[2]] = [len(line[1]) for line in lines if line]
+        return found
+
+
+def loops(depths: list[int]) -> list[int]:
+    """Bundles of each loop inside the one over the grid."""
+    runs, last = [], 0
+    for depth in depths:
+        depth = depth or last  # bundles behind a branch carry no mark
+        if depth > 1:
+            runs = runs if last > 1 else [*runs, 0]
+            runs[-1] += 1
+        last = depth
+    return runs
+
+
+def flash(chip: str, head: int) -> dict[str, tuple[float, ...]]:
+    """Pass -> cycles for a score of a block without a mask, of one with, for a query, for a key."""
+    short, long = (schedules(chip, head, "flash", n) for n in (2, 4))
+    made = {}
+    for name, depths in short.items():
+        whole, masked = loops(depths)
+        key = (len(long[name]) - len(depths)) / (2 * SIZE)  # what is done once for all keys is written out
+        query = (len(depths) - whole - masked) / SIZE - 2 * key
+        made[name] = whole / SIZE**2, masked / SIZE**2, query, key
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", default=["v5p", "v6e"])
+    parser.add_argument("--head", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        chip, head, kernel, blocks = given.one
+        return compile_one(chip, int(head), kernel, int(blocks))
+    for chip in given.chips:
+        for head in given.head:
+            rows = ", ".join(
+                f'"{name}": ({", ".join(f"{x:.3g}" for x in row)})' for name, row in sorted(flash(chip, head).items())
+            )
+            print(f'FLASH ("{chip}", {head}): {{{rows}}},', flush=True)
+            splash = {name: len(depths) / SIZE**2 for name, depths in schedules(chip, head, "splash", 2).items()}
+            rows = ", ".join(f'"{name}": {x:.3g}' for name, x in sorted(splash.items()))
+            print(f'SPLASH ("{chip}", {head}): {{{rows}}},', flush=True)
+
+
+if __name__ == "__main__":
+    main()
