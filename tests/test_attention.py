@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxmllm import mesh
-from jaxmllm.nn import kernels
+from jaxmllm.nn import flash, kernels
 from jaxmllm.nn.attention import causal_blocks, dot_product_attention
 from tests.conftest import ROOT, simulated
 
@@ -30,7 +31,7 @@ def example(s: int, segments: list | None, dtype=jnp.float32):
     return q, k, v, segments, w * (segments > 0)[..., None, None, None]
 
 
-def assert_kernel_equals_xla(kernel, s: int, segments: list | None, causal: bool) -> None:
+def assert_kernel_equals_xla(kernel, s: int, segments: list | None, causal: bool, interpret) -> None:
     """Outputs and gradients of q, k and v, except those of padding; call with a mesh set."""
     q, k, v, segments, w = example(s, segments)
 
@@ -38,7 +39,7 @@ def assert_kernel_equals_xla(kernel, s: int, segments: list | None, causal: bool
         return dot_product_attention(q, k, v, causal=causal, q_segments=segments, kv_segments=segments) * w
 
     def special(q, k, v):
-        return kernel(q, k, v, causal, segments, segments, interpret=True) * w
+        return kernel(q, k, v, causal, segments, segments, interpret=interpret) * w
 
     wanted, found = (
         jax.jit(lambda *x, f=f: (f(*x), jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(*x))) for f in (plain, special)
@@ -46,13 +47,38 @@ def assert_kernel_equals_xla(kernel, s: int, segments: list | None, causal: bool
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found(q, k, v), wanted(q, k, v))
 
 
-@pytest.mark.parametrize("kernel", [kernels.flash, kernels.splash], ids=["flash", "splash"])
 @pytest.mark.parametrize("s, segments, causal", [(200, SEGMENTS, True), (300, None, False)])
-def test_kernel_equals_xla(monkeypatch, kernel, s, segments, causal):
+def test_splash_equals_xla(monkeypatch, s, segments, causal):
     """Causal with segments in two blocks; full in three blocks with padding."""
     monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
-        assert_kernel_equals_xla(kernel, s, segments, causal)
+        assert_kernel_equals_xla(kernels.splash, s, segments, causal, True)
+
+
+# Three blocks of two chunks: of the first row, blocks are seen whole, in part and not at all; the second is one sample.
+LONG = [[1] * 300 + [2] * 250 + [0] * 90, [1] * 640]
+
+
+@pytest.mark.parametrize(
+    "s, segments, causal", [(640, LONG, True), (640, LONG, False), (640, None, True), (300, None, False)]
+)
+def test_flash_equals_xla(monkeypatch, s, segments, causal):
+    """In the simulation of a TPU's memory, where what was not written is NaN and races are found."""
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 256)
+    monkeypatch.setattr(flash, "CHUNK", 128)
+    simulation = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        assert_kernel_equals_xla(kernels.flash, s, segments, causal, simulation)
+
+
+def test_bounds_of_blocks():
+    """Blocks of two of six keys: samples of three, two and one (of padding)."""
+    ids = jnp.array([[1, 1, 1, 2, 2, 0]])
+    fields = lambda *x: flash.bounds(flash.Blocks(2, 2, True), *x).reshape(-1, flash.FIELDS).tolist()
+    # The first query block needs a mask for itself; the second sees the first, and itself; the third, with 2 and 0,
+    # both before it, for one sample lies between.
+    assert fields((1, 6, 6), (ids, ids), 0) == [[0, 0, 0, 1, 0], [0, 0, 0, 2, 2], [0, 0, 0, 3, 4]]
+    assert fields((1, 2, 6), None, 4) == [[0, 0, 2, 3, 4]]  # the last part of a row: two blocks whole, then its own
 
 
 def heads_and_rows_split() -> None:
@@ -61,7 +87,7 @@ def heads_and_rows_split() -> None:
     with jax.set_mesh(mesh.Mesh(fsdp=1, tensor=2, context=2).build()):
         for causal in (True, False):
             for kernel in (kernels.flash, kernels.splash):
-                assert_kernel_equals_xla(kernel, 256, [[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], causal)
+                assert_kernel_equals_xla(kernel, 256, [[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], causal, True)
 
 
 @pytest.mark.long

@@ -40,7 +40,7 @@ class Blocks:
     queries: int
     keys: int
     causal: bool
-    interpret: bool = False
+    interpret: bool | pltpu.InterpretParams = False
 
 
 def bounds(blocks: Blocks, shape: tuple[int, int, int], ids: tuple | None, first: jax.Array | int) -> jax.Array:

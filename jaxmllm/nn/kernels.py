@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -58,7 +59,7 @@ def flash(
     causal: bool,
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
     """flash.py's kernels; arguments and result as in dot_product_attention. interpret: on a CPU, slowly.
 
