@@ -21,8 +21,8 @@ SIZE, GROUP = 1024, 4  # queries and keys of a block; query heads of a key head
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:\s*(>*)")  # a line; its depth of loops
 
 
-def compile_one(chip: str, head: int, kernel: str, blocks: int) -> None:
-    """Compiles forward and backward of a segmented causal row of one key head."""
+def compile_one(chip: str, head: int, kernel: str, blocks: int, causal: bool) -> None:
+    """Compiles forward and backward of a segmented row of one key head."""
     from jaxmllm.plan.chips import topology
     from jaxmllm.plan.compile import devices_of, prepare
 
@@ -38,7 +38,7 @@ def compile_one(chip: str, head: int, kernel: str, blocks: int) -> None:
     one = mesh.Mesh(1, 1, 1, 1, 1).build(devices_of(topology(PLACES[chip]))[:1])
 
     def total(q, k, v, segments):
-        return getattr(kernels, kernel)(q, k, v, True, segments, segments).astype(jnp.float32).sum()
+        return getattr(kernels, kernel)(q, k, v, causal, segments, segments).astype(jnp.float32).sum()
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, mesh.spec(*mesh.batch_names(len(shape)))))
@@ -50,10 +50,10 @@ def compile_one(chip: str, head: int, kernel: str, blocks: int) -> None:
         step.lower(array(1, s, 1, GROUP, head), key, key, array(1, s, dtype=jnp.int32)).compile()
 
 
-def schedules(chip: str, head: int, kernel: str, blocks: int) -> dict[str, list[int]]:
+def schedules(chip: str, head: int, kernel: str, blocks: int, causal: bool = True) -> dict[str, list[int]]:
     """Kernel -> depths of loops of all its bundles, in order."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, __file__, "--one", chip, str(head), kernel, str(blocks)]
+        words = [sys.executable, __file__, "--one", chip, str(head), kernel, str(blocks), str(int(causal))]
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         subprocess.run(words, check=True, env=os.environ | {"LIBTPU_INIT_ARGS": dump})
         found = {}
@@ -77,14 +77,15 @@ def loops(depths: list[int]) -> list[int]:
 
 
 def flash(chip: str, head: int) -> dict[str, tuple[float, ...]]:
-    """Pass -> cycles for a score of a block without a mask, of one with, for a query, for a key."""
-    short, long = (schedules(chip, head, "flash", n) for n in (2, 4))
+    """Pass -> cycles for a score of a block without a mask, on the diagonal, with a mask of segments; a query; a key."""
+    short, long, full = (schedules(chip, head, "flash", n, causal) for n, causal in ((2, True), (4, True), (2, False)))
     made = {}
     for name, depths in short.items():
-        whole, masked = loops(depths)
-        key = (len(long[name]) - len(depths)) / (2 * SIZE)  # what is done once for all keys is written out
-        query = (len(depths) - whole - masked) / SIZE - 2 * key
-        made[name] = whole / SIZE**2, masked / SIZE**2, query, key
+        whole, both = loops(depths)  # with a mask: blocks on the diagonal and others
+        masked = loops(full[name])[1]
+        key = max(0, len(long[name]) - len(depths)) / (2 * SIZE)  # what is done once for all keys is written out
+        query = (len(depths) - whole - both) / SIZE - 2 * key
+        made[name] = *(x / SIZE**2 for x in (whole, both - masked, masked)), query, key
     return made
 
 
@@ -92,11 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=["v5p", "v6e"])
     parser.add_argument("--head", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        chip, head, kernel, blocks = given.one
-        return compile_one(chip, int(head), kernel, int(blocks))
+        chip, head, kernel, blocks, causal = given.one
+        return compile_one(chip, int(head), kernel, int(blocks), causal == "1")
     for chip in given.chips:
         for head in given.head:
             rows = ", ".join(

@@ -180,14 +180,14 @@ def test_flash_attention_is_priced_by_what_its_queries_see():
         "  ROOT %backward_flash_1024x1024.1 = bf16[2,8,4,2048,128] custom-call(%m, %a, %b, %q, %k, %k), "
         'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/SCOPE/pallas_call"}'
     )
-    of_whole, of_masked, of_query, of_key = FLASH["v5p", 128]["backward"]
+    *of_scores, of_query, of_key = FLASH["v5p", 128]["backward"]
     moved = 4 * 2 * 8 * 4096 * 128 * 2 / V5P.hbm_per_cycle  # k, v and their gradients
-    # The last half of causal rows: two blocks see two and three blocks whole, and three quarters of one more. Full
-    # rows: four blocks, the last with a mask, since the kernel has segments.
-    for scope, whole, masked in (("causal", 5, 2 * 0.75), ("full", 6, 2)):
+    # The last half of causal rows: two blocks see two and three blocks whole, and one on the diagonal each. Full rows:
+    # four blocks, the last with a mask, since the kernel has segments.
+    for scope, blocks in (("causal", (5, 2, 0)), ("full", (6, 0, 2))):
         body = "\n".join(["ENTRY %e (m: s32[40]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
         (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
-        cycles = 64 * (1024**2 * (whole * of_whole + masked * of_masked) + 2048 * of_query) + 16 * 4096 * of_key
+        cycles = 64 * (1024**2 * np.dot(blocks, of_scores) + 2048 * of_query) + 16 * 4096 * of_key
         assert charge.model == "attention" and charge.cycles == pytest.approx(cycles / 2 + moved)  # two cores
 
 

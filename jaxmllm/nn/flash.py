@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -139,10 +140,10 @@ class _Masks:
         self.start, self.opened, self.close, self.stop, self.place = (bound_ref[at + k] for k in range(FIELDS))
         self.blocks, self.ids = blocks, ids
 
-    def scores(self, scores: jax.Array, first: jax.Array, column: int) -> jax.Array:
+    def scores(self, scores: jax.Array, first: jax.Array, column: int, causal: bool) -> jax.Array:
         """scores [k, n] of the keys from `first` on and the block's queries from `column` on, MASKED if not seen."""
         (k, n), seen = scores.shape, None
-        if self.blocks.causal:
+        if causal:
             key, query = (jax.lax.broadcasted_iota(jnp.int32, (k, n), axis) for axis in (0, 1))
             seen = key - query <= self.place + column - first
         if self.ids:
@@ -150,21 +151,33 @@ class _Masks:
             down = jnp.broadcast_to(of_keys[:, pl.ds(first, k)], (128, k)).T
             same = jnp.concatenate([down] * (n // 128), 1) == of_queries[:, column : column + n]
             seen = same if seen is None else seen & same
-        return jnp.where(seen, scores, MASKED)
+        return scores if seen is None else jnp.where(seen, scores, MASKED)
 
     def each(self, work) -> None:
-        """work(first key, keys, queries as a slice) for all chunks of the blocks that need a mask."""
-        before = self.opened - self.start
+        """work([(first key, keys, queries as a slice, causal), ..]) for the blocks that need a mask, in chunks."""
+        before, size = self.opened - self.start, self.blocks.queries
+        starts = range(0, size, CHUNK), range(0, self.blocks.keys, CHUNK)
 
         def block(x, _):
             j = jnp.where(x < before, self.start + x, self.close + x - before) * self.blocks.keys
-            for c, r in (
-                (c, r) for c in range(0, self.blocks.queries, CHUNK) for r in range(0, self.blocks.keys, CHUNK)
-            ):
-                queries = slice(c, min(c + CHUNK, self.blocks.queries))
-                keys = min(CHUNK, self.blocks.keys - r)
-                seen = (j + r < self.place + queries.stop) if self.blocks.causal else True
-                pl.when(seen)(functools.partial(work, pl.multiple_of(j + r, 128), keys, queries))
+
+            def run(diagonal: bool):
+                work([
+                    (
+                        pl.multiple_of(j + r, 128),
+                        min(CHUNK, self.blocks.keys - r),
+                        slice(c, min(c + CHUNK, size)),
+                        diagonal and r == c,
+                    )
+                    for c, r in itertools.product(*starts)
+                    if not diagonal or r <= c
+                ])  # fmt: skip
+
+            if self.blocks.causal:
+                pl.when(j == self.place)(lambda: run(True))
+                pl.when(j != self.place)(lambda: run(False))
+            else:
+                run(False)
 
         jax.lax.fori_loop(0, before + self.stop - self.close, block, None)
 
@@ -204,7 +217,14 @@ def _forward_kernel(blocks, segmented, bound_ref, *refs):
             s_ref[:, queries] = score(pl.multiple_of(masks.opened * blocks.keys, 128), blocks.keys, queries)
         jax.lax.fori_loop(masks.opened, masks.close, block, None)
 
-    masks.each(lambda first, n, own: add(first, n, own, masks.scores(score(first, n, own), first, own.start)))
+    def masked(chunks):
+        scores = score(*chunks[0][:3])
+        for (first, n, queries, causal), then in zip(chunks, [*chunks[1:], None]):
+            following = then and score(*then[:3])
+            add(first, n, queries, masks.scores(scores, first, queries.start, causal))
+            scores = following
+
+    masks.each(masked)
     some = l_ref[...] > 0
     total = jnp.where(some, l_ref[...], 1)
     y_ref[...] = (y_sum[...] / total).T.astype(y_ref.dtype)
@@ -226,21 +246,31 @@ def _backward_kernel(blocks, segmented, bound_ref, *refs):
     q_turned[...], dy_turned[...] = q_ref[...].T, dy_ref[...].T
     mean_ref[...] = (y_ref[...].astype(jnp.float32) * dy_ref[...].astype(jnp.float32)).T.sum(0, keepdims=True)
 
-    def add(first, n, queries, mask):
+    def products(first, n, queries):
         keys = pl.ds(first, n)
-        scores = mask(dot(k_ref[keys, :], q_ref[queries, :], NT))
+        return dot(k_ref[keys, :], q_ref[queries, :], NT), dot(v_ref[keys, :], dy_ref[queries, :], NT)
+
+    def add(first, n, queries, scores, d_weights):
+        keys = pl.ds(first, n)
         weights = jnp.exp2(scores - total_ref[:, queries])
-        d_weights = dot(v_ref[keys, :], dy_ref[queries, :], NT)
         d_scores = (weights * (d_weights - mean_ref[:, queries])).astype(k_ref.dtype)
         dv_sum[:, keys] += dot(dy_turned[:, queries], weights.astype(v_ref.dtype), NT)
         dk_sum[:, keys] += dot(q_turned[:, queries], d_scores, NT)
         dq_sum[:, queries] += dot(k_ref[keys, :], d_scores, TN)
 
     def block(j, _):
-        add(pl.multiple_of(j * blocks.keys, 128), blocks.keys, slice(0, blocks.queries), lambda scores: scores)
+        place = pl.multiple_of(j * blocks.keys, 128), blocks.keys, slice(0, blocks.queries)
+        add(*place, *products(*place))
+
+    def masked(chunks):
+        made = products(*chunks[0][:3])
+        for (*place, causal), then in zip(chunks, [*chunks[1:], None]):
+            scores, d_weights = made
+            made = then and products(*then[:3])
+            add(*place, masks.scores(scores, place[0], place[2].start, causal), d_weights)
 
     jax.lax.fori_loop(masks.opened, masks.close, block, None)
-    masks.each(lambda first, n, own: add(first, n, own, lambda scores: masks.scores(scores, first, own.start)))
+    masks.each(masked)
     # d_scores is the gradient of scores in base e: those of base 2 have ln 2 times it.
     dq_ref[...] = (dq_sum[...].T * math.log(2)).astype(dq_ref.dtype)
 

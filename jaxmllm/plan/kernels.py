@@ -5,18 +5,29 @@ from __future__ import annotations
 import math
 import re
 
-from jaxmllm.nn.flash import CHUNK
 from jaxmllm.plan.chips import Chip
 from jaxmllm.plan.hlo import Array, Instruction
 
 # (chip, head size) -> cycles of one core by kernel, as libtpu 0.0.42 schedules blocks of 1024 x 1024
-# (benchmarks/attention_blocks.py). FLASH: for a score of a block without a mask, of a chunk with one, for a query, for
-# a key. SPLASH: for a score.
+# (benchmarks/attention_blocks.py). FLASH: for a score of a block without a mask, of one on the diagonal, of one with
+# a mask of segments, for a query, for a key. SPLASH: for a score.
 FLASH = {
-    ("v5p", 64): {"forward": (3.53e-3, 4.98e-3, 2.18, 1.46e-3), "backward": (6.02e-3, 7.19e-3, 1.28, 0.591)},
-    ("v5p", 128): {"forward": (4.35e-3, 5.92e-3, 2.25, 1.95e-3), "backward": (8.52e-3, 9.56e-3, 1.44, 0.727)},
-    ("v6e", 64): {"forward": (1.88e-3, 5.03e-3, 1.40, 0.0), "backward": (3.78e-3, 5.02e-3, 0.857, 0.437)},
-    ("v6e", 128): {"forward": (2.00e-3, 5.36e-3, 1.47, 0.0), "backward": (4.18e-3, 5.65e-3, 0.94, 0.422)},
+    ("v5p", 64): {
+        "forward": (3.53e-3, 3.20e-3, 3.83e-3, 2.2, 0.0),
+        "backward": (6.02e-3, 5.14e-3, 6.47e-3, 1.33, 0.565),
+    },
+    ("v5p", 128): {
+        "forward": (4.35e-3, 3.80e-3, 4.77e-3, 2.26, 0.0),
+        "backward": (8.52e-3, 6.96e-3, 9.35e-3, 1.26, 0.814),
+    },
+    ("v6e", 64): {
+        "forward": (1.88e-3, 2.37e-3, 2.82e-3, 1.4, 0.0),
+        "backward": (3.78e-3, 3.47e-3, 4.02e-3, 0.858, 0.438),
+    },
+    ("v6e", 128): {
+        "forward": (2.00e-3, 2.44e-3, 2.95e-3, 1.48, 0.0),
+        "backward": (4.18e-3, 3.58e-3, 4.37e-3, 0.942, 0.422),
+    },
 }
 SPLASH = {
     ("v5p", 64): {"fwd": 6.60e-3, "dkv": 8.43e-3, "dq": 6.31e-3},
@@ -46,18 +57,14 @@ def flash(each: Instruction, chip: Chip, kernel: str, bq: int, bk: int) -> float
     query, key = operands(each)
     n, m, d = query.dims[-2] // bq, key.dims[-2] // bk, query.dims[-1]
     if "/causal/" in each.op_name:
-        whole = n * (m - n) + n * (n - 1) // 2
-        starts = range(0, bq, CHUNK)
-        sizes = {start: min(CHUNK, bq - start) for start in starts}
-        masked = n * sum(sizes[r] * sizes[c] for c in starts for r in starts if r <= c)
+        blocks = n * (m - n) + n * (n - 1) // 2, n, 0
     else:
         # Segments put a mask on the last block of keys.
         segments = any(array.dtype == "s32" and len(array.dims) == 3 for array, *_ in each.inputs)
-        whole, masked = n * (m - segments), n * segments * bq * bk
-    of_whole, of_masked, of_query, of_key = rates(FLASH, chip, d)[kernel]
-    heads = math.prod(query.dims[:-2])
-    cycles = heads * (whole * bq * bk * of_whole + masked * of_masked + query.dims[-2] * of_query)
-    cycles += math.prod(key.dims[:-1]) * of_key
+        blocks = n * (m - segments), 0, n * segments
+    *of_scores, of_query, of_key = rates(FLASH, chip, d)[kernel]
+    scores = bq * bk * sum(count * rate for count, rate in zip(blocks, of_scores))
+    cycles = math.prod(query.dims[:-2]) * (scores + query.dims[-2] * of_query) + math.prod(key.dims[:-1]) * of_key
     moved = key.bytes * (2 if kernel == "forward" else 4)
     return cycles * max(1, d / 128) / chip.cores + moved / chip.hbm_per_cycle
 
