@@ -77,7 +77,7 @@ def loops(depths: list[int]) -> list[int]:
 
 
 def flash(chip: str, head: int) -> dict[str, tuple[float, ...]]:
-    """Pass -> cycles for a score of a block without a mask, on the diagonal, with a mask of segments; a query; a key."""
+    """Pass -> cycles for a score without a mask, on the diagonal, with a mask of segments; for a query; for a key."""
     short, long, full = (schedules(chip, head, "flash", n, causal) for n, causal in ((2, True), (4, True), (2, False)))
     made = {}
     for name, depths in short.items():

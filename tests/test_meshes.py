@@ -55,12 +55,16 @@ def check_equal(line: dict) -> None:
 
 @pytest.fixture(scope="module")
 def fast():
-    """Lines of the fast case and of the wrong program."""
-    return compare([FAST, "wrong"], 16)
+    """Lines of the fast case, of the wrong program, and of rows that hold one sample each."""
+    return compare([FAST, "wrong", "fsdp=1/rows"], 16)
 
 
 def test_all_axes_at_once(fast):
     check_equal(fast[0])
+
+
+def test_samples_of_a_row_do_not_mix(fast):
+    check_equal(fast[2])
 
 
 @pytest.mark.long

@@ -46,7 +46,7 @@ class Blocks:
 
 def bounds(blocks: Blocks, shape: tuple[int, int, int], ids: tuple | None, first: jax.Array | int) -> jax.Array:
     """int32[B * blocks of queries * FIELDS]: for each block of queries the blocks of keys start..stop it sees, of which
-    open..close without a mask, and the place of its first query.
+    open..close without a mask, and the place of its first query among the keys.
 
     shape: B, S, T. ids: segments int32[B, S] and [B, T]. first: place of the first query among the keys.
     """
@@ -123,12 +123,12 @@ def _call(kernel, blocks: Blocks, bound: jax.Array, arrays: tuple, ids: tuple | 
             scratch_shapes=[pltpu.VMEM(*each) for each in scratch],
         ),
         out_shape=results,
-        # The two cores of a v4 or v5p share batch and key heads.
+        # The two cores of a v5p share batch and key heads.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         interpret=blocks.interpret,
-        name=f"{kernel.__name__.strip('_').replace('kernel', 'flash')}_{bq}x{bk}",  # read by plan/price.py
+        name=f"{kernel.__name__.strip('_').replace('kernel', 'flash')}_{bq}x{bk}",  # read by plan/kernels.py
     )(bound, *arrays)
 
 
