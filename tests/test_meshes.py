@@ -104,7 +104,9 @@ LOOPED = {
 def check_sent(program: dict, kind: str) -> None:
     """No activation crosses the data axes; weights are gathered and gradients summed as often as the tables say."""
     assert not program["activations"]
-    assert {name: tuple(count) for name, count in program["gathered"].items()} == GATHERED
+    # The TPU's compiler leaves out the chunk in vain where it is not worked on beside another, in the forward pass.
+    expected = GATHERED | ({"next_token": (4, 5)} if kind == "tpu" else {})
+    assert {name: tuple(count) for name, count in program["gathered"].items()} == expected
     assert program["summed"] == SUMMED[kind]
     assert {name: tuple(count) for name, count in program["looped"].items()} == LOOPED[kind]
 

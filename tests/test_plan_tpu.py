@@ -120,7 +120,7 @@ def test_long_rows_have_no_array_of_scores():
 
     compiling.prepare()
     s = 1024
-    sizes = {"width": 512, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 128, "mlp": 768, "vocab": 1280}
+    sizes = {"width": 512, "layers": 2, "kv_heads": 2, "heads": 4, "head_dim": 128, "mlp": 768, "vocab": 1280}
     words = [*(f"model.llm.{k}={v}" for k, v in sizes.items()), f"data.seq_len={s}", "stages.text.rows=8"]
     run = configs.override(configs.load("configs/llama3_8b.py"), words)
     program = compiling.compile_stage(run, run.stages[0], topology("v5p:2x2x1"))
