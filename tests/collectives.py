@@ -112,11 +112,12 @@ def gathered_weights(found: list[Crossing]) -> dict[str, tuple[int, int]]:
     return {name: tuple(count) for name, count in counts.items()}
 
 
-def summed_weights(found: list[Crossing], params: dict[str, jax.ShapeDtypeStruct]) -> int:
-    """Gradients that are summed over data axes in one step and have the shape of a layer's weight split over fsdp."""
+def summed_weights(found: list[Crossing], params: dict[str, jax.ShapeDtypeStruct], parts: set) -> int:
+    """Gradients that are summed over data axes in one step and have the shape of a layer's weight split over fsdp, or
+    one of `parts` (keys)."""
     split = {k: x for k, x in params.items() if any("fsdp" in axes_of(part) for part in x.sharding.spec)}
     shapes = {key(whole(x)[stacked(path) :]) for path, x in split.items()}
-    return sum(each.times * (key(a.dims) in shapes) for each in sums(found, DATA) for a in each.arrays)
+    return sum(each.times * (key(a.dims) in shapes | parts) for each in sums(found, DATA) for a in each.arrays)
 
 
 def summed_in_blocks(found: list[Crossing], name: str) -> tuple[int, int, int]:

@@ -149,7 +149,7 @@ def sent(it: Program, text: str) -> dict:
     return {
         "activations": [str(each) for each in bad],
         "gathered": collectives.gathered_weights(found),
-        "summed": collectives.summed_weights(found, params),
+        "summed": collectives.summed_weights(found, params, chunk_shapes(it)),
         "looped": {name: collectives.summed_in_blocks(found, name) for name in ("llm", "encoder_clip", "encoder_dino")},
     }
 
