@@ -205,8 +205,8 @@ def main(cases: list[str]) -> None:
         found, other, program = loss_and_gradients(case)
         apart = {k: float(np.abs(other[k] - g).max() / max(np.abs(g).max(), 1e-3 * largest)) for k, g in grads.items()}
         metrics = {k: abs(float(found[k]) / float(v) - 1) for k, v in losses.items()}
-        worst, unused = max(apart, key=apart.get), "logit_scale" if contrastless(case) else "-"
-        zero = [k for k, g in grads.items() if not g.any() and unused not in k]
+        worst = max(apart, key=apart.get)
+        zero = [k for k, g in grads.items() if not g.any() and not (contrastless(case) and "logit_scale" in k)]
         print(
             json.dumps({"case": case, "metrics": metrics, "gradient": [apart[worst], worst], "zero": zero, **program})
         )

@@ -55,20 +55,60 @@ def test_splash_equals_xla(monkeypatch, s, segments, causal):
         assert_kernel_equals_xla(kernels.splash, s, segments, causal, True)
 
 
-# Three blocks of two chunks: of the first row, blocks are seen whole, in part and not at all; the second is one sample.
-LONG = [[1] * 300 + [2] * 250 + [0] * 90, [1] * 640]
+# Blocks, chunks, length, segments, causal. Of the first, the second row is one sample. In the second, blocks of uneven
+# chunks; the last queries see a block in part before one they see whole. The last two have no segments, or no padding.
+CASES = [
+    (256, 128, 640, [[1] * 300 + [2] * 250 + [0] * 90, [1] * 640], True),
+    (384, 256, 1152, [[1] * 100 + [2] * 1052, [1] * 1152], True),
+    (256, 128, 640, [[1] * 300 + [2] * 250 + [0] * 90, [1] * 640], False),
+    (256, 128, 300, None, False),
+    (256, 128, 512, None, True),
+    (256, 128, 512, None, False),
+]
 
 
-@pytest.mark.parametrize(
-    "s, segments, causal", [(640, LONG, True), (640, LONG, False), (640, None, True), (300, None, False)]
-)
-def test_flash_equals_xla(monkeypatch, s, segments, causal):
-    """In the simulation of a TPU's memory, where what was not written is NaN and races are found."""
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 256)
-    monkeypatch.setattr(flash, "CHUNK", 128)
-    simulation = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+@pytest.mark.parametrize("block, chunk, s, segments, causal", CASES)
+def test_flash_equals_xla(monkeypatch, block, chunk, s, segments, causal):
+    monkeypatch.setattr(kernels, "MAX_BLOCK", block)
+    monkeypatch.setattr(flash, "CHUNK", chunk)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
-        assert_kernel_equals_xla(kernels.flash, s, segments, causal, simulation)
+        assert_kernel_equals_xla(kernels.flash, s, segments, causal, True)
+
+
+def test_flash_reads_nothing_before_it_is_written(monkeypatch):
+    """In the simulation of a TPU's memory, where that is NaN."""
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        simulation = pltpu.InterpretParams(uninitialized_memory="nan")
+        assert_kernel_equals_xla(kernels.flash, 200, SEGMENTS, True, simulation)
+
+
+def test_flash_of_other_keys_in_bfloat16(monkeypatch):
+    """300 queries, 500 keys of which 450 may be seen, one head; against float32 of the same numbers."""
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 256)
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        shapes = (1, 300, 1, 1, 64), (1, 500, 1, 64), (1, 500, 1, 64)
+        q, k, v = (mesh.shard(jnp.asarray(rng.normal(size=x), jnp.bfloat16), *mesh.batch_names(len(x))) for x in shapes)
+        ids = jnp.ones((1, 300), jnp.int32), jnp.array([[1] * 450 + [0] * 50])
+        ids = [mesh.shard(x, "batch", None) for x in ids]
+        found = jax.jit(lambda *x: kernels.flash(*x, False, *ids, interpret=True))(q, k, v)
+        single = [x.astype(jnp.float32) for x in (q, k, v)]
+        wanted = dot_product_attention(*single, q_segments=ids[0], kv_segments=ids[1])
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=4e-3)
+
+
+def test_kernels_by_what_their_memory_holds(monkeypatch):
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        q, k, *_ = example(640, None, jnp.bfloat16)
+        monkeypatch.setattr(mesh, "platform", lambda: "tpu")
+        assert kernels.choose(q, k, True, 0) == "flash"
+        monkeypatch.setattr(kernels, "SMALL", (jax.devices()[0].device_kind,))
+        assert kernels.choose(q, k, True, 0) == "splash"
+        monkeypatch.setattr(kernels, "SMALL", ())
+        monkeypatch.setattr(flash, "MAX_KEYS", 639)
+        assert kernels.choose(q, k, True, 0) == "splash"
 
 
 def test_bounds_of_blocks():
@@ -79,6 +119,8 @@ def test_bounds_of_blocks():
     # both before it, for one sample lies between.
     assert fields((1, 6, 6), (ids, ids), 0) == [[0, 0, 0, 1, 0], [0, 0, 0, 2, 2], [0, 0, 0, 3, 4]]
     assert fields((1, 2, 6), None, 4) == [[0, 0, 2, 3, 4]]  # the last part of a row: two blocks whole, then its own
+    ids = jnp.array([[1, 2, 2, 2, 2, 2]])
+    assert fields((1, 6, 6), (ids, ids), 0)[2] == [0, 1, 2, 3, 4]  # the first in part, the second whole
 
 
 def heads_and_rows_split() -> None:

@@ -8,7 +8,7 @@ Who attends to whom, for a row with two samples (segments 1 and 2) and padding (
     1        1 1 1 . . .
     2        . . . 1 . .
     2        . . . 1 1 .
-    0        . . . . . .      a query with nothing to attend to gets the mean of the values, which nobody reads
+    0        . . . . . .      what a query of padding gets depends on the kernel: nobody may read it
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def dot_product_attention(
 
     q [B, S, K, G, D]; k, v [B, T, K, D]: query head (k, g) reads key head k. Returns [B, S, K, G, D], q's dtype.
     causal: query s sees keys t <= s + q_offset. q_segments int32[B, S], kv_segments int32[B, T]: a query sees keys
-    of its own segment; key segment 0 is seen by nobody. On TPU and GPU a kernel does it (kernels.py).
+    of its own segment; what one of segment 0, or one that sees nothing, gets is not defined, but finite. On TPU and
+    GPU a kernel does it (kernels.py).
     """
     kernel = kernels.choose(q, k, causal, q_offset)
     k, v = (checkpoint_name(x, "projection") for x in (k, v))
@@ -183,7 +184,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from x [B, S, C] to keys [B, T, D] -> [B, S, C]; mask bool[B, T]: which keys may be seen.
 
-    No causality and no positions. At least one key of a row should be usable; else it gets the mean of the values.
+    No causality and no positions. At least one key of a row must be usable, else the result means nothing.
     """
 
     heads: int

@@ -25,9 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 SAVED = "attention"  # checkpoint_name of the output and of the softmax's normalisers
 MASKED, NOTHING = -1e30, -7e29  # a score that is not seen, and the maximum of none: exp2 of their difference is 0
-CHUNK = 512  # keys, queries that are masked together; chosen by the cycles the compiler schedules
+CHUNK = 512  # keys, queries whose scores are one piece of work; chosen by the cycles the compiler schedules
 VMEM = 60 * 2**20  # bytes a kernel may take of the on-chip memory; a v5p's core has 64 MiB
-MAX_KEYS = 16384  # whose keys, values and gradients fit there
+MAX_KEYS = 16384  # with their values and gradients they fit there: compiled for a v5p
 FIELDS = 5  # of a block of queries in `bounds`
 
 NT, TN = ((((a,), (a,)), ((), ())) for a in (1, 0))  # a b^T, a^T b

@@ -1,7 +1,7 @@
 """Attention kernels of accelerators behind `attention.dot_product_attention`: flash.py's and JAX's splash on TPUs,
 cuDNN's on NVIDIA GPUs.
 
-Both run on each device's own rows, queries and heads (shard_map), and never hold an [S, T] array of float32 scores.
+All run on each device's own rows, queries and heads (shard_map), and never hold an [S, T] array of float32 scores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxmllm.nn import flash as flash_kernels
 MAX_BLOCK = 1024
 LANES = 128  # of a TPU's vector registers; blocks are multiples of it
 MIN_LENGTH = 512  # rows shorter than that are left to XLA: their scores are small
-SMALL = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of on-chip memory
+SMALL = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")  # 16 MiB of on-chip memory
 
 
 def choose(q: jax.Array, k: jax.Array, causal: bool, offset: jax.Array | int) -> str:
@@ -63,14 +63,16 @@ def flash(
 ) -> jax.Array:
     """flash.py's kernels; arguments and result as in dot_product_attention. interpret: on a CPU, slowly.
 
-    Rows are padded to whole blocks. A query of segment 0 sees the keys of segment 0; one that sees none gets 0.
+    Rows are padded to whole blocks; parts of rows must be whole blocks (ValueError).
     """
     (b, s, *_), t, parts = q.shape, k.shape[1], mesh.parts(q, 1)
     own_s, length = s // parts, jax.typeof(q).sharding.spec[1]
     bq = block(own_s)
     blocks = flash_kernels.Blocks(bq, bq if causal else block(t), causal, interpret)
     more = -own_s % blocks.queries, -t % blocks.keys
-    if q_segments is None and more[1]:
+    if parts > 1 and more[0]:
+        raise ValueError(f"flash: a part of {own_s} queries is no whole blocks of {bq}")
+    if q_segments is None and more[1] and not causal:  # causal: padding lies behind every query
         q_segments, kv_segments = jnp.ones((b, s), jnp.int32), jnp.ones((b, t), jnp.int32)
 
     def own(q, k, v, q_segments, kv_segments):
@@ -130,7 +132,10 @@ def heads_first(q, k, v, q_segments, kv_segments, more: tuple[int, int], scale: 
     scale *= q.shape[-1] ** -0.5
     q = (q.astype(jnp.float32) * scale).astype(q.dtype).transpose(0, 2, 3, 1, 4)
     q, k, v = (pad(x, x.ndim - 2, n) for x, n in zip((q, k.swapaxes(1, 2), v.swapaxes(1, 2)), (more[0], *more[1:] * 2)))
-    ids = None if q_segments is None else (pad(q_segments, 1, more[0]), pad(kv_segments, 1, more[1], -1))
+    ids = None
+    if q_segments is not None:  # padding queries are of the last segment, so that their block may need no mask
+        q_segments = jnp.pad(q_segments, ((0, 0), (0, more[0])), mode="edge")
+        ids = q_segments, pad(kv_segments, 1, more[1], -1)
     # Saved as the kernel reads it: the backward pass then scales and transposes it no second time. Keys and values
     # are saved before they are made whole along the sequence.
     return checkpoint_name(q, "projection"), k, v, ids

@@ -10,7 +10,7 @@ from jaxmllm.plan.hlo import Array, Instruction
 
 # (chip, head size) -> cycles of one core by kernel, as libtpu 0.0.42 schedules blocks of 1024 x 1024
 # (benchmarks/attention_blocks.py). FLASH: for a score of a block without a mask, of one on the diagonal, of one with
-# a mask of segments, for a query, for a key. SPLASH: for a score.
+# a mask of segments, for a query, for a key. SPLASH: for a score. Smaller blocks are taken to cost as much a score.
 FLASH = {
     ("v5p", 64): {
         "forward": (3.53e-3, 3.20e-3, 3.83e-3, 2.2, 0.0),
@@ -59,14 +59,14 @@ def flash(each: Instruction, chip: Chip, kernel: str, bq: int, bk: int) -> float
     if "/causal/" in each.op_name:
         blocks = n * (m - n) + n * (n - 1) // 2, n, 0
     else:
-        # Segments put a mask on the last block of keys.
+        # Rows that are padded have segments, and these put a mask on the last block of keys.
         segments = any(array.dtype == "s32" and len(array.dims) == 3 for array, *_ in each.inputs)
         blocks = n * (m - segments), 0, n * segments
     *of_scores, of_query, of_key = rates(FLASH, chip, d)[kernel]
     scores = bq * bk * sum(count * rate for count, rate in zip(blocks, of_scores))
     cycles = math.prod(query.dims[:-2]) * (scores + query.dims[-2] * of_query) + math.prod(key.dims[:-1]) * of_key
     moved = key.bytes * (2 if kernel == "forward" else 4)
-    return cycles * max(1, d / 128) / chip.cores + moved / chip.hbm_per_cycle
+    return cycles / min(chip.cores, math.prod(key.dims[:-2])) + moved / chip.hbm_per_cycle
 
 
 def splash(each: Instruction, chip: Chip, kernel: str) -> float:
@@ -76,7 +76,8 @@ def splash(each: Instruction, chip: Chip, kernel: str) -> float:
     query, key = operands(each)
     rows, columns, d = query.dims[-2] // bq, key.dims[-2] // bk, query.dims[-1]
     if "/causal/" in each.op_name:
-        blocks = sum(min(columns, math.ceil((i + 1) * bq / bk)) for i in range(rows))
+        before = key.dims[-2] - query.dims[-2]  # keys of the row's earlier parts
+        blocks = sum(min(columns, math.ceil((before + (i + 1) * bq) / bk)) for i in range(rows))
     else:
         blocks = rows * columns
     scheduled = rates(SPLASH, chip, d)[kernel]

@@ -24,7 +24,7 @@ MODELS = {
     "sort": "bytes at HBM rate x log2(n) (log2(n) + 1) / 2 passes",
     "windowed matmul": f"max(FLOPs at {WINDOW_EFFICIENCY:.0%} of peak, operands and results at HBM rate)",
     "kernel": f"max(FLOPs at {KERNEL_EFFICIENCY:.0%} of peak, bytes at HBM rate) of the kernel's own cost estimate",
-    "attention": "scores of the blocks that the mask touches x cycles the compiler schedules for one score",
+    "attention": "scores of the blocks that the mask touches, queries, keys x cycles the compiler schedules for one",
     "kernel without estimate": "operands and results at HBM rate; its FLOPs count as nothing",
     "in-place update": "twice the updated bytes at HBM rate",
     "asynchronous copy": "nothing: it runs beside other work",
