@@ -96,7 +96,7 @@ class Program:
 
 
 def contrastless(case: str) -> bool:
-    """Whether a case has no contrastive losses."""
+    """Whether a case has no contrastive losses: "/parts", and "/plain", the reference of those."""
     return "/parts" in case or "/plain" in case
 
 
