@@ -56,7 +56,7 @@ def test_splash_equals_xla(monkeypatch, s, segments, causal):
 
 
 # Blocks, chunks, length, segments, causal. Of the first, the second row is one sample. In the second, blocks of uneven
-# chunks; the last queries see a block in part before one they see whole. The last two have neither segments nor padding.
+# chunks; the last queries see a block in part before one they see whole. The last two: neither segments nor padding.
 CASES = [
     (256, 128, 640, [[1] * 300 + [2] * 250 + [0] * 90, [1] * 640], True),
     (384, 256, 1152, [[1] * 100 + [2] * 1052, [1] * 1152], True),
