@@ -19,7 +19,7 @@ from jaxmllm.aggregators.mlp import lay_out
 from jaxmllm.batch import FeatureMap, MapShape, Memory, TokenLayout, VisualTokens
 from jaxmllm.nn.attention import MASKED
 from jaxmllm.nn.maps import need_plain, resize
-from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
+from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, gelu, normal
 
 
 def windows(x: jax.Array, grid: int) -> jax.Array:
@@ -114,7 +114,7 @@ class SVALayer(nn.Module):
         y = mesh.on_own(by_head, q, keys, values, memory.masks)
         y = Linear((self.width,), ("heads",), ("embed",), use_bias=False, name="o_proj")(y)
         z = Norm(name="norm")(x + y)
-        z = jax.nn.gelu(Linear((self.width,), out_axes=("mlp",), use_bias=False, name="linear_1")(z), approximate=False)
+        z = gelu(Linear((self.width,), out_axes=("mlp",), use_bias=False, name="linear_1")(z))
         init = nn.initializers.zeros if self.gate else None
         return query + Linear((q_width,), ("mlp",), ("embed",), use_bias=False, kernel_init=init, name="linear_2")(z)
 
@@ -166,12 +166,18 @@ class SVA(nn.Module):
         context = features[0].mean((1, 2))
         cut = functools.cache(functools.partial(to_memory, features, [masks[name] for name in maps], context))
         queries = Table((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
+        scan = nn.scan(
+            lambda layer, x, memory: (layer(x, memory), None),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+        )
         outputs = []
         for g, side in enumerate(self.sides):
             x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side, side)
-            for layer in range(self.depth):
-                x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, cut(side))
-            outputs.append(resize(x, self.grid, self.grid))
+            layers = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layers")
+            outputs.append(resize(scan(layers, x, cut(side))[0], self.grid, self.grid))
         x = MLP(self.llm_width, self.llm_width, name="projector")(jnp.concatenate(outputs, -1))
         inside = all(x.shape[1] % self.grid == 0 for x in features)
         return VisualTokens(lay_out(x, self.newline), cut(self.grid) if inside else None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from jaxmllm import mesh
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
+from jaxmllm.nn.maps import patches
 from jaxmllm.nn.primitives import MLP, Conv, Linear, Norm, Table
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
@@ -46,21 +46,14 @@ class ConvNeXt(Pyramid):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.normalise(images)
-        x = Norm(eps=self.eps, name="stem_norm")(Linear(self.widths[:1], (None,) * 3, name="stem")(cells(x, 4)))
+        x = Norm(eps=self.eps, name="stem_norm")(Linear(self.widths[:1], (None,), name="stem")(patches(x, 4)))
         maps = {0: x}
         for i in range(1, max(self.taps) + 1):
             if i > 1:
-                x = cells(Norm(eps=self.eps, name=f"down{i}_norm")(x), 2)
-                x = Linear((self.widths[i - 1],), (None,) * 3, name=f"down{i}")(x)
+                x = patches(Norm(eps=self.eps, name=f"down{i}_norm")(x), 2)
+                x = Linear((self.widths[i - 1],), (None,), name=f"down{i}")(x)
             depth = self.depths[i - 1]
             stack = Stack(Block(self.eps), depth, self.remat, self.unroll, name=f"stage{i}")
             x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), 1, depth), None)
             maps[i] = x
         return self.joined([maps[t] for t in self.taps])
-
-
-def cells(x: jax.Array, side: int) -> jax.Array:
-    """[N, h, w, C] -> [N, h/side, w/side, side, side, C]: the windows of a convolution whose stride is its size."""
-    n, h, w, c = x.shape
-    h, w = h // side, w // side
-    return mesh.reshape(x[:, : h * side, : w * side], n, h, side, w, side, c).swapaxes(2, 3)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxmllm import mesh
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
-from jaxmllm.encoders.convnext import cells
+from jaxmllm.nn.maps import cells, patches
 from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
@@ -132,8 +132,8 @@ class Swin(Pyramid):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = cells(padded(self.normalise(images), 4), 4)
-        x = Norm(name="stem_norm")(Linear((self.width,), (None,) * 3, name="stem")(x))
+        x = patches(padded(self.normalise(images), 4), 4)
+        x = Norm(name="stem_norm")(Linear((self.width,), (None,), name="stem")(x))
         maps = {0: x}
         for i in range(1, max(self.taps) + 1):
             if i > 1:

@@ -15,7 +15,7 @@ from jaxmllm import mesh
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import INTERPOLATIONS, Encoder, resample_table
 from jaxmllm.nn.attention import Attention
-from jaxmllm.nn.maps import resize
+from jaxmllm.nn.maps import patches, resize
 from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Init, Linear, Norm, Table, normal
 from jaxmllm.nn.rope import grid_angles
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
@@ -129,9 +129,8 @@ class ViT(Encoder):
             x = Linear((width,), (None,) * 3, kernel_init=nn.initializers.he_normal(), name=f"stem{i}")(conv_patches(x))
             x = ACTIVATIONS["relu"](x)
         patch, grid = self.patch >> len(self.stem), self.grid
-        x = x[:, : grid * patch, : grid * patch]  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
-        x = mesh.reshape(x, x.shape[0], grid, patch, grid, patch, x.shape[-1]).swapaxes(2, 3)
-        axes = {"in_axes": (None, None, None), "out_axes": ("embed",)}  # three channels cannot be split
+        x = patches(x, patch)  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
+        axes = {"in_axes": (None,), "out_axes": ("embed",)}  # 14 * 14 * 3 pixels cannot be split
         x = Linear((self.width,), **axes, kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
         x = mesh.reshape(x, x.shape[0], grid * grid, self.width)
         table = None if self.rope_theta else self.position_table().astype(x.dtype)

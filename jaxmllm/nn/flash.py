@@ -36,7 +36,7 @@ dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How many queries and keys are worked on together; they divide S and T. Causal: equal."""
+    """How many queries and keys are worked on together, multiples of 128. Causal: equal."""
 
     queries: int
     keys: int
@@ -48,9 +48,10 @@ def bounds(blocks: Blocks, shape: tuple[int, int, int], ids: tuple | None, first
     """int32[B * blocks of queries * FIELDS]: for each block of queries the blocks of keys start..stop it sees, of which
     open..close without a mask, and the place of its first query among the keys.
 
-    shape: B, S, T. ids: segments int32[B, S] and [B, T]. first: place of the first query among the keys.
+    shape: B, S, T. ids: segments int32[B, S] and [B, T], in whole blocks. first: place of the first query among the
+    keys.
     """
-    b, n, m = shape[0], shape[1] // blocks.queries, shape[2] // blocks.keys
+    b, n, m = shape[0], pl.cdiv(shape[1], blocks.queries), pl.cdiv(shape[2], blocks.keys)
     place, key = (first + jnp.arange(n) * blocks.queries)[:, None], jnp.arange(m)
     seen = whole = jnp.ones((b, n, m), bool)
     if blocks.causal:
@@ -71,8 +72,10 @@ def bounds(blocks: Blocks, shape: tuple[int, int, int], ids: tuple | None, first
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(blocks: Blocks, q: jax.Array, k: jax.Array, v: jax.Array, ids: tuple | None, bound: jax.Array) -> jax.Array:
-    """q [B, K, G, S, D], scaled by log2(e) / sqrt(D); k, v [B, K, T, D]; ids: segments int32[B, S] and [B, T] or None;
-    bound: of `bounds` -> [B, K, G, S, D]. A query that sees nothing gets 0.
+    """q [B, K, G, S, D], scaled by log2(e) / sqrt(D); k, v [B, K, T, D]; ids: segments int32[B, S] and [B, T] in whole
+    blocks, or None; bound: of `bounds` -> [B, K, G, S, D]. A query that sees nothing gets 0.
+
+    Where the last block reaches past the keys, ids or causality must hide what is there.
     """
     return _forward(blocks, q, k, v, ids, bound)[0]
 
@@ -85,17 +88,29 @@ def _forward(blocks, q, k, v, ids, bound):
 
 def _backward(blocks, saved, dy):
     q, k, v, ids, bound, y, total = saved
-    return *_call(_backward_kernel, blocks, bound, (q, k, v, y, dy, total), ids), None, None
+    s, t = q.shape[-2], k.shape[-2]
+    # Memory behind the last query and key would get into sums, unlike forward.
+    q, y, dy = (pad(x, -2, -s % blocks.queries) for x in (q, y, dy))
+    k, v = (pad(x, -2, -t % blocks.keys) for x in (k, v))
+    total = pad(total, -1, -s % blocks.queries)
+    dq, dk, dv = _call(_backward_kernel, blocks, bound, (q, k, v, y, dy, total), ids)
+    return dq[..., :s, :], dk[..., :t, :], dv[..., :t, :], None, None
 
 
 attend.defvjp(_forward, _backward)
 
 
+def pad(x: jax.Array, dimension: int, more: int, value: int = 0) -> jax.Array:
+    """x with `more` entries of `value` behind a dimension."""
+    widths = [(0, more if i == dimension % x.ndim else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if more else x
+
+
 def _call(kernel, blocks: Blocks, bound: jax.Array, arrays: tuple, ids: tuple | None) -> tuple:
     """Runs a kernel over batch, key heads, query heads of each, blocks of queries."""
     q, k = arrays[:2]
-    (b, heads, group, s, d), t = q.shape, k.shape[2]
     bq, bk, f32 = blocks.queries, blocks.keys, jnp.float32
+    (b, heads, group, s, d), t = q.shape, pl.cdiv(k.shape[2], bk) * bk
     own = pl.BlockSpec((None, None, None, bq, d), lambda b, h, g, i, _: (b, h, g, i, 0))
     line = pl.BlockSpec((None, None, None, 1, bq), lambda b, h, g, i, _: (b, h, g, 0, i))
     # Fetched once for all its queries, so a second buffer would stand empty most of the time.
@@ -114,10 +129,10 @@ def _call(kernel, blocks: Blocks, bound: jax.Array, arrays: tuple, ids: tuple | 
     if ids is not None:
         inputs, arrays = [segments, all_segments, *inputs], (*(x[:, None] for x in ids), *arrays)
     return pl.pallas_call(
-        functools.partial(kernel, blocks, ids is not None),
+        functools.partial(kernel, blocks, k.shape[2], ids is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(b, heads, group, s // bq),
+            grid=(b, heads, group, pl.cdiv(s, bq)),
             in_specs=inputs,
             out_specs=outputs,
             scratch_shapes=[pltpu.VMEM(*each) for each in scratch],
@@ -182,7 +197,7 @@ class _Masks:
         jax.lax.fori_loop(0, before + self.stop - self.close, block, None)
 
 
-def _forward_kernel(blocks, segmented, bound_ref, *refs):
+def _forward_kernel(blocks, length, segmented, bound_ref, *refs):
     ids, refs = (refs[:2], refs[2:]) if segmented else (None, refs)
     q_ref, k_ref, v_ref, y_ref, total_ref, m_ref, l_ref, y_sum, s_ref = refs
     masks = _Masks(blocks, bound_ref, ids)
@@ -192,13 +207,16 @@ def _forward_kernel(blocks, segmented, bound_ref, *refs):
     def score(first, keys, queries):
         return dot(k_ref[pl.ds(first, keys), :], q_ref[queries, :], NT)
 
-    def add(first, keys, queries, scores):
-        old = m_ref[:, queries]
+    def add(first, keys, queries, scores, ragged=False):
+        old, values = m_ref[:, queries], v_ref[pl.ds(first, keys), :]
+        if ragged:  # what lies behind the last value may be NaN, which a weight of 0 keeps
+            key = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            values = jnp.where(key < length - first, values, 0)
         m = jnp.maximum(old, scores.max(0, keepdims=True))
         weights, fade = jnp.exp2(scores - m), jnp.exp2(old - m)
         m_ref[:, queries] = m
         l_ref[:, queries] = fade * l_ref[:, queries] + weights.sum(0, keepdims=True)
-        more = dot(v_ref[pl.ds(first, keys), :], weights.astype(v_ref.dtype), TN)
+        more = dot(values, weights.astype(v_ref.dtype), TN)
         y_sum[:, queries] = fade * y_sum[:, queries] + more
 
     chunks = [slice(c, min(c + CHUNK, blocks.queries)) for c in range(0, blocks.queries, CHUNK)]
@@ -221,7 +239,8 @@ def _forward_kernel(blocks, segmented, bound_ref, *refs):
         scores = score(*chunks[0][:3])
         for (first, n, queries, causal), then in zip(chunks, [*chunks[1:], None]):
             following = then and score(*then[:3])
-            add(first, n, queries, masks.scores(scores, first, queries.start, causal))
+            ragged = length % blocks.keys > 0
+            add(first, n, queries, masks.scores(scores, first, queries.start, causal), ragged)
             scores = following
 
     masks.each(masked)
@@ -231,7 +250,7 @@ def _forward_kernel(blocks, segmented, bound_ref, *refs):
     total_ref[...] = jnp.where(some, m_ref[...] + jnp.log2(total), -MASKED)
 
 
-def _backward_kernel(blocks, segmented, bound_ref, *refs):
+def _backward_kernel(blocks, _, segmented, bound_ref, *refs):
     ids, refs = (refs[:2], refs[2:]) if segmented else (None, refs)
     q_ref, k_ref, v_ref, y_ref, dy_ref, total_ref, dq_ref, dk_ref, dv_ref, *refs = refs
     q_turned, dy_turned, mean_ref, dq_sum, dk_sum, dv_sum = refs

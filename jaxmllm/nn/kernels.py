@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmllm import mesh
 from jaxmllm.nn import flash as flash_kernels
+from jaxmllm.nn.flash import pad
 
 # Queries and keys in one block, the most; chosen by the cycles the TPU compiler schedules (docs/performance.md).
 MAX_BLOCK = 1024
@@ -63,7 +64,7 @@ def flash(
 ) -> jax.Array:
     """flash.py's kernels; arguments and result as in dot_product_attention. interpret: on a CPU, slowly.
 
-    Rows are padded to whole blocks; parts of rows must be whole blocks (ValueError).
+    Parts of rows must be whole blocks (ValueError); whole rows need not be.
     """
     (b, s, *_), t, parts = q.shape, k.shape[1], mesh.parts(q, 1)
     own_s, length = s // parts, jax.typeof(q).sharding.spec[1]
@@ -76,11 +77,11 @@ def flash(
         q_segments, kv_segments = jnp.ones((b, s), jnp.int32), jnp.ones((b, t), jnp.int32)
 
     def own(q, k, v, q_segments, kv_segments):
-        q, k, v, ids = heads_first(q, k, v, q_segments, kv_segments, more, math.log2(math.e))
+        q, k, v = heads_first(q, k, v, math.log2(math.e))
+        ids = padded_segments(q_segments, kv_segments, more)
         first = jax.lax.axis_index(length) * own_s if causal and parts > 1 else 0
         bound = flash_kernels.bounds(blocks, (q.shape[0], q.shape[3], k.shape[2]), ids, first)
-        y = flash_kernels.attend(blocks, q, k, v, ids, bound)
-        return y[..., :own_s, :].transpose(0, 3, 1, 2, 4)
+        return flash_kernels.attend(blocks, q, k, v, ids, bound).transpose(0, 3, 1, 2, 4)
 
     return on_own_heads(own, q, k, v, q_segments, kv_segments)
 
@@ -118,7 +119,8 @@ def splash(
     specs = kernel.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), P(None, length)))
 
     def own(q, k, v, q_segments, kv_segments, kernel):
-        q, k, v, ids = heads_first(q, k, v, q_segments, kv_segments, more)
+        q, k, v = (pad(x, -2, n) for x, n in zip(heads_first(q, k, v), (more[0], *more[1:] * 2)))
+        ids = padded_segments(q_segments, kv_segments, more)
         # Mapped over key heads, not given all of them: the two cores of a v4 or v5p share mapped dimensions, while the
         # kernel's own heads all run on one in the backward pass.
         y = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(q, k, v, ids and library.SegmentIds(*ids))
@@ -127,24 +129,21 @@ def splash(
     return on_own_heads(own, q, k, v, q_segments, kv_segments, (kernel, specs))
 
 
-def heads_first(q, k, v, q_segments, kv_segments, more: tuple[int, int], scale: float = 1.0):
-    """q [B, K, G, S, D] times scale / sqrt(D), k, v [B, K, T, D], segments or None; `more` queries and keys padded."""
+def heads_first(q, k, v, scale: float = 1.0):
+    """q [B, K, G, S, D] times scale / sqrt(D), k, v [B, K, T, D]."""
     scale *= q.shape[-1] ** -0.5
     q = (q.astype(jnp.float32) * scale).astype(q.dtype).transpose(0, 2, 3, 1, 4)
-    q, k, v = (pad(x, x.ndim - 2, n) for x, n in zip((q, k.swapaxes(1, 2), v.swapaxes(1, 2)), (more[0], *more[1:] * 2)))
-    ids = None
-    if q_segments is not None:  # padding queries are of the last segment, so that their block may need no mask
-        q_segments = jnp.pad(q_segments, ((0, 0), (0, more[0])), mode="edge")
-        ids = q_segments, pad(kv_segments, 1, more[1], -1)
     # Saved as the kernel reads it: the backward pass then scales and transposes it no second time. Keys and values
     # are saved before they are made whole along the sequence.
-    return checkpoint_name(q, "projection"), k, v, ids
+    return checkpoint_name(q, "projection"), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def pad(x: jax.Array, dimension: int, more: int, value: int = 0) -> jax.Array:
-    """x with `more` entries of `value` behind a dimension."""
-    widths = [(0, more if i == dimension else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value) if more else x
+def padded_segments(q_segments, kv_segments, more: tuple[int, int]) -> tuple | None:
+    """Segments of queries and keys with `more` of each behind them; None if there are none."""
+    if q_segments is None:
+        return None
+    # Padding queries are of the last segment, so that their block may need no mask.
+    return jnp.pad(q_segments, ((0, 0), (0, more[0])), mode="edge"), pad(kv_segments, 1, more[1], -1)
 
 
 def cudnn(

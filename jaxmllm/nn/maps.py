@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from jaxmllm import mesh
 from jaxmllm.batch import MapShape
 
 
@@ -16,6 +17,22 @@ def resize(x: jax.Array, h: int, w: int, method: str = "bilinear") -> jax.Array:
         return x
     shape = (x.shape[0], h, w, x.shape[-1])
     return jax.image.resize(x.astype(jnp.float32), shape, method, antialias=False).astype(x.dtype)
+
+
+def cells(x: jax.Array, side: int) -> jax.Array:
+    """[N, h, w, C] -> [N, h/side, w/side, side, side, C]: squares of cells; what is left of the sides is dropped."""
+    n, h, w, c = x.shape
+    h, w = h // side, w // side
+    return mesh.reshape(x[:, : h * side, : w * side], n, h, side, w, side, c).swapaxes(2, 3)
+
+
+def patches(x: jax.Array, side: int) -> jax.Array:
+    """[N, h, w, C] -> [N, h/side, w/side, side*side*C]: what a convolution whose stride is its size multiplies.
+
+    Kept apart from that product: as a convolution in six dimensions it takes a TPU's compiler minutes.
+    """
+    x = cells(x, side)
+    return jax.lax.optimization_barrier(mesh.reshape(x, *x.shape[:3], side * side * x.shape[-1]))
 
 
 def mean(maps: Iterable[jax.Array]) -> jax.Array:

@@ -55,16 +55,16 @@ def kernel_cycles(each: Instruction, chip: Chip) -> float:
 def flash(each: Instruction, chip: Chip, kernel: str, bq: int, bk: int) -> float:
     """Of nn/flash.py's kernels. All keys of a head, and the gradients, are moved while nothing else runs."""
     query, key = operands(each)
-    n, m, d = query.dims[-2] // bq, key.dims[-2] // bk, query.dims[-1]
+    n, m, d = math.ceil(query.dims[-2] / bq), math.ceil(key.dims[-2] / bk), query.dims[-1]
     if "/causal/" in each.op_name:
         blocks = n * (m - n) + n * (n - 1) // 2, n, 0
     else:
-        # Rows that are padded have segments, and these put a mask on the last block of keys.
+        # Rows that are no whole blocks have segments, and these put a mask on the last block of keys.
         segments = any(array.dtype == "s32" and len(array.dims) == 3 for array, *_ in each.inputs)
         blocks = n * (m - segments), 0, n * segments
     *of_scores, of_query, of_key = rates(FLASH, chip, d)[kernel]
     scores = bq * bk * sum(count * rate for count, rate in zip(blocks, of_scores))
-    cycles = math.prod(query.dims[:-2]) * (scores + query.dims[-2] * of_query) + math.prod(key.dims[:-1]) * of_key
+    cycles = math.prod(query.dims[:-2]) * (scores + n * bq * of_query) + math.prod(key.dims[:-1]) * of_key
     moved = key.bytes * (2 if kernel == "forward" else 4)
     return cycles / min(chip.cores, math.prod(key.dims[:-2])) + moved / chip.hbm_per_cycle
 

@@ -51,6 +51,18 @@ CONV = Transform(  # torch.nn.Conv2d's [out, in, h, w] <-> [h, w, in, out]
 )
 
 
+def patches(side: int) -> Transform:
+    """torch.nn.Conv2d's [out, in, side, side] <-> [side*side*in, out], if its stride is its size."""
+
+    def shape(ours: Shape) -> Shape:
+        return ours[1], ours[0] // side**2, side, side
+
+    def save(w: np.ndarray) -> np.ndarray:
+        return w.reshape(side, side, -1, w.shape[1]).transpose(3, 2, 0, 1)
+
+    return Transform(shape, lambda w, ours: w.transpose(2, 3, 1, 0).reshape(ours), save)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """Foreign tensor `key` = our parameter `path` (at `index`, if layers are stacked there).

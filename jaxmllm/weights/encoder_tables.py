@@ -11,7 +11,7 @@ from jaxmllm.encoders.convnext import ConvNeXt
 from jaxmllm.encoders.efficientnet import EfficientNet
 from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
-from jaxmllm.weights.convert import CONV, FLAT, LEAD, Table, copy, dense, ignore, join, norm
+from jaxmllm.weights.convert import CONV, FLAT, LEAD, Table, Transform, copy, dense, ignore, join, norm, patches
 
 # Vision Transformers
 
@@ -32,7 +32,7 @@ def siglip_vision(vit: ViT) -> Table:
 
 def siglip2_vision(vit: ViT) -> Table:
     """Siglip2VisionModel (NaFlex), on square pictures: its patches are a Linear over (row, column, colour)."""
-    return _clip_like(vit) + dense("embeddings.patch_embedding", "patch", inputs=3) + ignore(r"head\..*")
+    return _clip_like(vit) + dense("embeddings.patch_embedding", "patch") + ignore(r"head\..*")
 
 
 def _clip_like(vit: ViT) -> Table:
@@ -87,7 +87,7 @@ def timm_vit(vit: ViT) -> Table:
 
 
 def _patches(key: str, vit: ViT) -> Table:
-    return _conv(key, "patch", vit.patch_bias)
+    return _conv(key, "patch", vit.patch_bias, patches(vit.patch >> len(vit.stem)))
 
 
 def _blocks(vit: ViT, key: str, block: Table) -> Table:
@@ -107,8 +107,8 @@ def convnext(net: ConvNeXt) -> Table:
     """ConvNextModel."""
     block = dense("pwconv1", "mlp/up") + dense("pwconv2", "mlp/down") + norm("layernorm", "norm")
     block += _conv("dwconv", "conv") + copy("layer_scale_parameter", "scale/value")
-    table = _conv("embeddings.patch_embeddings", "stem") + norm("embeddings.layernorm", "stem_norm")
-    table += ignore(r"layernorm\..*", r"classifier\..*")
+    table = _conv("embeddings.patch_embeddings", "stem", transform=patches(4))
+    table += norm("embeddings.layernorm", "stem_norm") + ignore(r"layernorm\..*", r"classifier\..*")
     return table + _stages(net, "encoder.stages", "downsampling_layer", "layers", block)
 
 
@@ -116,7 +116,8 @@ def timm_convnext(net: ConvNeXt) -> Table:
     """timm's ConvNeXt (open_clip puts "visual.trunk." in front, and its own "visual.head." beside it)."""
     block = dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down") + norm("norm", "norm")
     block += _conv("conv_dw", "conv") + copy("gamma", "scale/value")
-    table = _conv("stem.0", "stem") + norm("stem.1", "stem_norm") + ignore(r"norm_pre\..*", r"head\..*")
+    table = _conv("stem.0", "stem", transform=patches(4))
+    table += norm("stem.1", "stem_norm") + ignore(r"norm_pre\..*", r"head\..*")
     return table + _stages(net, "stages", "downsample", "blocks", block)
 
 
@@ -124,7 +125,8 @@ def _stages(net: ConvNeXt, key: str, down: str, blocks: str, block: Table) -> Ta
     table, last = Table(), max(net.taps)
     for i in range(1, last + 1):
         if i > 1:
-            table += norm(f"{key}.{i - 1}.{down}.0", f"down{i}_norm") + _conv(f"{key}.{i - 1}.{down}.1", f"down{i}")
+            table += norm(f"{key}.{i - 1}.{down}.0", f"down{i}_norm")
+            table += _conv(f"{key}.{i - 1}.{down}.1", f"down{i}", transform=patches(2))
         for j in range(net.depths[i - 1]):
             table += block.under(f"{key}.{i - 1}.{blocks}.{j}.", f"stage{i}/layers/block/", (j,))
     return table + ignore(*(rf"{key}\.{i}\..*" for i in range(last, len(net.depths))))
@@ -138,7 +140,8 @@ def swin_backbone(net: Swin) -> Table:
     block += dense("attention.output.dense", "attn/out", inputs=2) + ignore(r"attention\.self\.relative_position_index")
     block += dense("intermediate.dense", "mlp/up") + dense("output.dense", "mlp/down")
     block += norm("layernorm_before", "norm1") + norm("layernorm_after", "norm2")
-    table = _conv("embeddings.patch_embeddings.projection", "stem") + norm("embeddings.norm", "stem_norm")
+    table = _conv("embeddings.patch_embeddings.projection", "stem", transform=patches(4))
+    table += norm("embeddings.norm", "stem_norm")
     last = max(net.taps)
     for i in range(1, last + 1):
         key = f"encoder.layers.{i - 1}"
@@ -173,8 +176,8 @@ def efficientnet(net: EfficientNet) -> Table:
     return table + ignore(r"_fc\..*", r".*\.num_batches_tracked", *unused)
 
 
-def _conv(key: str, path: str, bias: bool = True) -> Table:
-    table = copy(f"{key}.weight", f"{path}/kernel", CONV)
+def _conv(key: str, path: str, bias: bool = True, transform: Transform = CONV) -> Table:
+    table = copy(f"{key}.weight", f"{path}/kernel", transform)
     return table + copy(f"{key}.bias", f"{path}/bias") if bias else table
 
 
