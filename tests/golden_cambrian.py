@@ -80,7 +80,8 @@ def cambrian_full(case: Case) -> Check:
     }
     for name, encoder in layout.encoders.items():
         batch.padding[name][:, 0] = [padding(*size, encoder.grid) for size in sizes]
-    taps = tuple(i + 1 for i in after[:-1])
+    groups = model.llm.parts[1]
+    taps = tuple(i + 1 for i in after[:groups])
 
     def with_maps(x) -> Batch:
         sides = {name: encoder.grid for name, encoder in layout.encoders.items()}
@@ -92,7 +93,7 @@ def cambrian_full(case: Case) -> Check:
     def forward(params, x):
         tree, last_query = unflatten(params), []
 
-        def spy(call, args, kwargs, context):  # the last SVA layer in the decoder is outside of any scan
+        def spy(call, args, kwargs, context):  # an SVA layer behind the groups is outside of any scan
             here = context.module.path, context.method_name
             if here == (("llm", "tail", "insert", "layer"), "__call__"):
                 last_query.append(args[0])
@@ -115,7 +116,7 @@ def cambrian_full(case: Case) -> Check:
         rows = np.arange(len(ids))[:, None, None]
         queries = [found["tapped"][i][rows, np.maximum(where, 0)] for i in taps] + last_query
         for j, query in enumerate(queries):
-            group = tree["llm"]["tail"] if j == len(taps) else pick(tree["llm"]["groups"], j)
+            group = tree["llm"]["tail"] if j == groups else pick(tree["llm"]["groups"], j)
             update = layer.apply({"params": group["insert"]["layer"]}, query, found["visual"].memory)
             for name, grid in (("query", query), ("output", update)):
                 if c["path"] != "train":  # the rows and columns that are kept

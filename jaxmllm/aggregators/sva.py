@@ -90,13 +90,10 @@ class SVALayer(nn.Module):
 
     @nn.compact
     def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
-        n, grid, _, q_width = query.shape
-        dtype = query.dtype
+        q_width, dtype = query.shape[-1], query.dtype
         mesh.check_split("heads of SVALayer", (self.heads,), ("heads",))
         context = Linear((self.width,), use_bias=False, name="proj_context")(memory.context.astype(dtype))
-        context = jnp.broadcast_to(context[:, None, None], (n, grid, grid, self.width))
-        x = jnp.concatenate([query, mesh.shard(context, "batch", None, None, None)], -1)
-        x = Linear((self.width,), use_bias=False, name="proj_in")(x)
+        x = Linear((self.width,), use_bias=False, name="proj_in")(query, context[:, None, None])
 
         def project(y: jax.Array, what: str, encoder: str = "") -> jax.Array:
             y = Norm(name=f"{what}_norm{encoder}")(y)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmllm import mesh
 from jaxmllm.batch import EncoderInput, MapShape
 from jaxmllm.nn.maps import resize
 
@@ -93,6 +94,10 @@ class Pyramid(Encoder, kw_only=True):
     def maps(self) -> tuple[MapShape, ...]:
         return (MapShape(self.side, self.side, sum(self.pyramid[t].c for t in self.taps)),)
 
+    def as_map(self, x: jax.Array, i: int) -> jax.Array:
+        """Cells [N, h*w, C] of the map after stage i -> [N, h, w, C]."""
+        return mesh.reshape(x, x.shape[0], *self.pyramid[i][:2], x.shape[-1])
+
     def joined(self, maps: Sequence[jax.Array]) -> jax.Array:
         """Maps [N, h, w, C] -> [1, N, grid, grid, sum of C]."""
         return jnp.concatenate([resize(m, self.side, self.side) for m in maps], -1)[None]
@@ -103,6 +108,7 @@ INTERPOLATIONS = {
     "bicubic": (-0.75, False, 0.0),  # transformers' Dinov2Model and CLIPVisionModel
     "bicubic_offset": (-0.75, False, 0.1),  # DINOv2's own code, Depth-Anything-V2, transformers up to 4.4x
     "bicubic_antialias": (-0.5, True, 0.0),  # DINOv2 with registers
+    "bilinear": (None, False, 0.0),  # torch's plain one, to which Cambrian-1 resizes maps
     "bilinear_antialias": (None, True, 0.0),  # SigLIP2 NaFlex
 }
 

@@ -46,12 +46,13 @@ class ConvNeXt(Pyramid):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.normalise(images)
-        x = Norm(eps=self.eps, name="stem_norm")(Linear(self.widths[:1], (None,), name="stem")(patches(x, 4)))
+        x = Linear(self.widths[:1], (None,), name="stem")(patches(x, 4))
+        x = Norm(eps=self.eps, name="stem_norm")(self.as_map(x, 0))
         maps = {0: x}
         for i in range(1, max(self.taps) + 1):
             if i > 1:
                 x = patches(Norm(eps=self.eps, name=f"down{i}_norm")(x), 2)
-                x = Linear((self.widths[i - 1],), (None,), name=f"down{i}")(x)
+                x = self.as_map(Linear((self.widths[i - 1],), (None,), name=f"down{i}")(x), i)
             depth = self.depths[i - 1]
             stack = Stack(Block(self.eps), depth, self.remat, self.unroll, name=f"stage{i}")
             x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), 1, depth), None)

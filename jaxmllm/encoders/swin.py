@@ -133,7 +133,7 @@ class Swin(Pyramid):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = patches(padded(self.normalise(images), 4), 4)
-        x = Norm(name="stem_norm")(Linear((self.width,), (None,), name="stem")(x))
+        x = Norm(name="stem_norm")(self.as_map(Linear((self.width,), (None,), name="stem")(x), 0))
         maps = {0: x}
         for i in range(1, max(self.taps) + 1):
             if i > 1:

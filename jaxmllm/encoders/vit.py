@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from jaxmllm import mesh
 from jaxmllm.batch import MapShape
-from jaxmllm.encoders.common import INTERPOLATIONS, Encoder, resample_table
+from jaxmllm.encoders.common import INTERPOLATIONS, Encoder, interpolation_matrix, resample_table
 from jaxmllm.nn.attention import Attention
-from jaxmllm.nn.maps import patches, resize
+from jaxmllm.nn.maps import patches
 from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Init, Linear, Norm, Table, normal
 from jaxmllm.nn.rope import grid_angles
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
@@ -107,9 +107,9 @@ class ViT(Encoder):
         if self.pre_norm:
             x = Norm(eps=self.eps, name="pre_norm")(x)
         extra, angles = self.class_token + self.registers, ()
-        if self.rope_theta:  # tokens in front are not rotated
+        if self.rope_theta:  # class and register tokens are not rotated
             turn = grid_angles(self.grid, self.width // self.heads, self.rope_theta)
-            angles = (jnp.pad(turn, ((extra, 0), (0, 0)))[None],)
+            angles = (jnp.pad(turn, ((0, extra), (0, 0)))[None],)
         wanted = tuple(t for t in self.taps if t)
         taps = empty_taps(x, len(wanted))
         block = Block(self.heads, self.mlp, self.activation, self.gated, self.eps, self.layer_scale, self.key_bias)
@@ -119,31 +119,38 @@ class ViT(Encoder):
         out = jnp.stack([out[wanted.index(t)] if t else x for t in self.taps])
         if self.final_norm:
             out = Norm(eps=self.eps, name="final_norm")(out)
-        maps = [mesh.reshape(m[:, extra:], m.shape[0], self.grid, self.grid, self.width) for m in out]
-        return jnp.stack([resize(m, self.side, self.side) for m in maps])
+        if self.side == self.grid:
+            out = out[:, :, : self.grid**2]
+        else:  # bilinear, by one matrix: in two dimensions it takes a TPU's compiler minutes
+            line = interpolation_matrix(self.grid, self.side, "bilinear")
+            matrix = jnp.pad(jnp.kron(line, line), ((0, 0), (0, extra)))
+            out = jnp.einsum("pt,kntc->knpc", matrix, out.astype(jnp.float32), precision="highest").astype(out.dtype)
+        shape = (*out.shape[:2], self.side, self.side, self.width)
+        return mesh.reshape_to(out, shape, None, "batch", None, None, None)
 
     def embed(self, x: jax.Array) -> jax.Array:
-        """[N, px, px, 3] -> [N, tokens, C]: patches plus positions, class and register tokens in front."""
+        """[N, px, px, 3] -> [N, tokens, C]: patches plus positions, class and register tokens behind them.
+
+        Behind, for attention does not care, and a TPU keeps rows in tiles that start at multiples of 8.
+        """
         init = nn.initializers.xavier_uniform()
         for i, width in enumerate(self.stem):
             x = Linear((width,), (None,) * 3, kernel_init=nn.initializers.he_normal(), name=f"stem{i}")(conv_patches(x))
             x = ACTIVATIONS["relu"](x)
-        patch, grid = self.patch >> len(self.stem), self.grid
-        x = patches(x, patch)  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
+        x = patches(x, self.patch >> len(self.stem))  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
         axes = {"in_axes": (None,), "out_axes": ("embed",)}  # 14 * 14 * 3 pixels cannot be split
         x = Linear((self.width,), **axes, kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
-        x = mesh.reshape(x, x.shape[0], grid * grid, self.width)
         table = None if self.rope_theta else self.position_table().astype(x.dtype)
-        lead = []
+        more = []
         if self.class_token:
             token = Table((1, self.width), normal(0.02), name="class_token")().astype(x.dtype)
-            lead.append(token if table is None else token + table[:1])
+            more.append(token if table is None else token + table[:1])
         if self.registers:
-            lead.append(Table((self.registers, self.width), normal(0.02), name="registers")().astype(x.dtype))
+            more.append(Table((self.registers, self.width), normal(0.02), name="registers")().astype(x.dtype))
         if table is not None:
             x = x + table[self.class_token :]
-        if lead:
-            x = jnp.concatenate([mesh.repeat_rows(jnp.concatenate(lead), x.shape[0]), x], 1)
+        if more:
+            x = jnp.concatenate([x, mesh.repeat_rows(jnp.concatenate(more), x.shape[0])], 1)
         return x
 
     def position_table(self) -> jax.Array:

@@ -4,8 +4,8 @@ With `inserts`, a layer that looks at the image runs after decoder layers start,
 patch tokens only (Cambrian-1's in-LLM SVA). Layers then lie in three parts, so that everything is scanned:
 
     head     layers 0 .. start
-    groups   count-1 times: insert, then `stride` layers          parameters have leading [count-1, ...]
-    tail     insert, then what is left
+    groups   insert, then `stride` layers, as often as that goes      parameters have leading [groups, ...]
+    tail     the insert that may be left, then the layers that are left
 
 Without inserts there is only the head. `layer_path` says where layer i is stored.
 """
@@ -147,7 +147,8 @@ class Decoder(nn.Module):
         """Layers in the head, number of groups, layers per group, layers in the tail."""
         if not self.inserts:
             return self.layers, 0, 0, 0
-        head, groups, stride = self.inserts.start + 1, self.inserts.count - 1, self.inserts.stride
+        head, stride = self.inserts.start + 1, self.inserts.stride
+        groups = min(self.inserts.count, (self.layers - head) // stride)
         return head, groups, stride, self.layers - head - groups * stride
 
     def layer_path(self, i: int) -> tuple[str, tuple[int, ...]]:
@@ -217,7 +218,8 @@ class Decoder(nn.Module):
             carry, new["groups"] = self.groups(carry, (jnp.asarray(slots), caches["groups"]), visual, broadcast)
         if self.inserts:
             slots = tap_slots(wanted, 1 + head + groups * stride, tail)
-            carry, new["tail"] = self.tail(carry, (slots, caches["tail"]), visual, broadcast)
+            left = visual if groups < self.inserts.count else None
+            carry, new["tail"] = self.tail(carry, (slots, caches["tail"]), left, broadcast)
         x, buffer = carry
         x = self.norm(x)
         out = {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}

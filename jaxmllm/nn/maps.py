@@ -27,12 +27,12 @@ def cells(x: jax.Array, side: int) -> jax.Array:
 
 
 def patches(x: jax.Array, side: int) -> jax.Array:
-    """[N, h, w, C] -> [N, h/side, w/side, side*side*C]: what a convolution whose stride is its size multiplies.
+    """[N, h, w, C] -> [N, h/side * w/side, side*side*C]: what a convolution whose stride is its size multiplies.
 
     Kept apart from that product: as a convolution in six dimensions it takes a TPU's compiler minutes.
     """
     x = cells(x, side)
-    return jax.lax.optimization_barrier(mesh.reshape(x, *x.shape[:3], side * side * x.shape[-1]))
+    return jax.lax.optimization_barrier(mesh.reshape(x, x.shape[0], x.shape[1] * x.shape[2], side**2 * x.shape[-1]))
 
 
 def mean(maps: Iterable[jax.Array]) -> jax.Array:

@@ -142,9 +142,9 @@ def cambrian(model: MLLM) -> Table:
     table = llama(model.llm).under("", "llm/") + sva(model.aggregator, grids).under("model.", "aggregator/")
     if model.llm.inserts:
         layer = sva_layer([grid // model.aggregator.grid for grid in grids.values()])
-        last = model.llm.inserts.count - 1
-        for j in range(last + 1):
-            path, index = ("groups", (j,)) if j < last else ("tail", ())
+        groups = model.llm.parts[1]
+        for j in range(model.llm.inserts.count):
+            path, index = ("groups", (j,)) if j < groups else ("tail", ())
             table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", f"llm/{path}/insert/layer/", index)
     return table
 
