@@ -220,5 +220,6 @@ class MLP(nn.Module):
         if self.gated:
             y = act(project("gate")) * y
         else:
+            # Kept apart: a TPU's compiler joins both products otherwise, at a ninth more cycles (ViT-L, v6e).
             y = jax.lax.optimization_barrier(act(y))
         return Linear((self.out,), in_axes=("mlp",), out_axes=("embed",), name="down", **common)(y)
