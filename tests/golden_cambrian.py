@@ -110,7 +110,7 @@ def cambrian_full(case: Case) -> Check:
         seen = {name: value["__call__"][0] for name, value in seen["intermediates"]["aggregator"].items()}
         outputs = {"loss": found["loss"], "image_tokens": seen["projector"]}
         for g in range(len(c["query_group_sides"])):
-            outputs[f"connector_output_{g}"] = seen[f"group_{g}_layers"][-1]
+            outputs[f"connector_output_{g}"] = seen[f"group_{g}_layer_{c['connector_depth'] - 1}"]
 
         where = batch.visual_positions[:, 0].reshape(*patches.shape[:2], -1)[:, :, :-1]
         rows = np.arange(len(ids))[:, None, None]

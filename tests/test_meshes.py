@@ -83,7 +83,7 @@ GATHERED = {
     "fuser_clip": (2 * 4, 0),  # two attentions: offsets, weights, values, output
     "aggregator": (3 * 2 + 10, 0),  # three projectors of two layers, one SVA layer
     "llm": (3 * 7 + 1, 3 * 7),  # three layers and the embedding
-    "llm_insert": (10, 0),  # one SVA layer
+    "llm_insert": (10, 10),  # one SVA layer, in a group
     "next_token": (5, 5),  # four chunks of the output table, each while the one before is worked on, and one in vain
     "distill_depth": (5, 0),  # input projection, q, k, v, out
     "distill_seg": (5, 0),

@@ -90,10 +90,13 @@ class SVALayer(nn.Module):
 
     @nn.compact
     def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
-        q_width, dtype = query.shape[-1], query.dtype
+        n, grid, _, q_width = query.shape
+        dtype = query.dtype
         mesh.check_split("heads of SVALayer", (self.heads,), ("heads",))
         context = Linear((self.width,), use_bias=False, name="proj_context")(memory.context.astype(dtype))
-        x = Linear((self.width,), use_bias=False, name="proj_in")(query, context[:, None, None])
+        context = jnp.broadcast_to(context[:, None, None], (n, grid, grid, self.width))
+        x = jnp.concatenate([query, mesh.shard(context, "batch", None, None, None)], -1)
+        x = Linear((self.width,), use_bias=False, name="proj_in")(x)
 
         def project(y: jax.Array, what: str, encoder: str = "") -> jax.Array:
             y = Norm(name=f"{what}_norm{encoder}")(y)
@@ -163,18 +166,12 @@ class SVA(nn.Module):
         context = features[0].mean((1, 2))
         cut = functools.cache(functools.partial(to_memory, features, [masks[name] for name in maps], context))
         queries = Table((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
-        scan = nn.scan(
-            lambda layer, x, memory: (layer(x, memory), None),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-        )
         outputs = []
         for g, side in enumerate(self.sides):
             x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side, side)
-            layers = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layers")
-            outputs.append(resize(scan(layers, x, cut(side))[0], self.grid, self.grid))
+            for layer in range(self.depth):
+                x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, cut(side))
+            outputs.append(resize(x, self.grid, self.grid))
         x = MLP(self.llm_width, self.llm_width, name="projector")(jnp.concatenate(outputs, -1))
         inside = all(x.shape[1] % self.grid == 0 for x in features)
         return VisualTokens(lay_out(x, self.newline), cut(self.grid) if inside else None)

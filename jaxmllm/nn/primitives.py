@@ -41,9 +41,6 @@ class Linear(_Params):
 
     in_axes, out_axes: logical names of those dimensions (mesh.RULES); their number says how many trailing
     dimensions of x are contracted. features: sizes of `out`. Kernel shape: in dims + out dims.
-
-    x may be given in parts that lie side by side in its last dimension; a part that is the same along a dimension, and
-    has size 1 there, is then multiplied once.
     """
 
     features: tuple[int, ...]
@@ -53,10 +50,9 @@ class Linear(_Params):
     kernel_init: Init | None = None  # None: torch.nn.Linear's default for kernel and bias; else the bias is zero
 
     @nn.compact
-    def __call__(self, x: jax.Array, *parts: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         n = len(self.in_axes)
-        widths, axes = [part.shape[-1] for part in (x, *parts)], (*self.in_axes, *self.out_axes)
-        inputs = (*x.shape[x.ndim - n : -1], sum(widths))
+        inputs, axes = x.shape[x.ndim - n :], (*self.in_axes, *self.out_axes)
         fan_in, fan_out = math.prod(inputs), math.prod(self.features)
         init = self.kernel_init or torch_uniform(fan_in)
 
@@ -65,16 +61,10 @@ class Linear(_Params):
 
         kernel = self.weight("kernel", kernel_init, (*inputs, *self.features), axes)
         kernel = mesh.gather_param(kernel, axes).astype(x.dtype)
-
-        def product(x, kernel):
-            contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-            lies = mesh.spec_like(x, x.ndim - n, self.out_axes)
-            return jax.lax.dot_general(x, kernel, (contract, ((), ())), out_sharding=lies)
-
-        if parts:
-            y = sum(map(product, (x, *parts), jax.lax.split(kernel, widths, n - 1)))
-        else:
-            y = product(x, kernel)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(
+            x, kernel, (contract, ((), ())), out_sharding=mesh.spec_like(x, x.ndim - n, self.out_axes)
+        )
         if self.use_bias:
             bias_init = zeros if self.kernel_init else torch_uniform(fan_in)
             bias = self.weight("bias", bias_init, self.features, self.out_axes)

@@ -132,7 +132,7 @@ def sva(aggregator: SVA, grids: Mapping[str, int]) -> Table:
     for g, side in enumerate(aggregator.sides):
         layer = sva_layer([grid // side for grid in grids.values()])
         for i in range(aggregator.depth):
-            table += layer.under(f"vision_sampler_{g}.layers.{i}.", f"group_{g}_layers/", (i,))
+            table += layer.under(f"vision_sampler_{g}.layers.{i}.", f"group_{g}_layer_{i}/")
     return table
 
 
