@@ -121,7 +121,7 @@ class ViT(Encoder):
             out = Norm(eps=self.eps, name="final_norm")(out)
         if self.side == self.grid:
             out = out[:, :, : self.grid**2]
-        else:  # bilinear, by one matrix: in two dimensions it takes a TPU's compiler minutes
+        else:  # bilinear, by one matrix: a TPU need not cut and copy maps whose sides are no multiples of 8
             line = interpolation_matrix(self.grid, self.side, "bilinear")
             matrix = jnp.pad(jnp.kron(line, line), ((0, 0), (0, extra)))
             out = jnp.einsum("pt,kntc->knpc", matrix, out.astype(jnp.float32), precision="highest").astype(out.dtype)
