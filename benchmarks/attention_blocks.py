@@ -51,14 +51,18 @@ def compile_one(chip: str, head: int, kernel: str, blocks: int, causal: bool) ->
 
 
 def schedules(chip: str, head: int, kernel: str, blocks: int, causal: bool = True) -> dict[str, list[int]]:
-    """Kernel -> depths of loops of all its bundles, in order."""
+    """As `bundles`, of the attention kernels that `compile_one` is given."""
+    return bundles([__file__, "--one", chip, str(head), kernel, str(blocks), str(int(causal))], kernel)
+
+
+def bundles(script: list[str], kernel: str) -> dict[str, list[int]]:
+    """Kernel -> depths of loops of all its bundles, in order; of the kernels a script compiles that hold a word."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, __file__, "--one", chip, str(head), kernel, str(blocks), str(int(causal))]
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        subprocess.run(words, check=True, env=os.environ | {"LIBTPU_INIT_ARGS": dump})
+        subprocess.run([sys.executable, *script], check=True, env=os.environ | {"LIBTPU_INIT_ARGS": dump})
         found = {}
         for path in Path(folder).glob(f"*{kernel}*[0-9]-final_bundles.txt"):
-            name = re.search(r"(forward|backward)_flash|splash_mqa_(fwd|dkv|dq)", path.name)
+            name = re.search(r"(forward|backward)_|splash_mqa_(fwd|dkv|dq)", path.name)
             lines = map(BUNDLE.match, path.read_text().splitlines())
             found[name[1] or name[2]] = [len(line[1]) for line in lines if line]
         return found

@@ -21,7 +21,7 @@ from jaxmllm import main, mesh
 from jaxmllm.plan import compile as compiling
 from jaxmllm.plan import flops, hlo, report
 from jaxmllm.plan.chips import CHIPS, topology
-from jaxmllm.plan.kernels import FLASH, SPLASH
+from jaxmllm.plan.kernels import FLASH, SAMPLING, SPLASH
 from jaxmllm.plan.timeline import Timeline, phase, saved_bytes, stage
 from jaxmllm.plan.traffic import Network, first_group
 from jaxmllm.train.checkpoint import abstract_on
@@ -167,7 +167,7 @@ def test_splash_attention_is_priced_by_the_blocks_it_visits(kernel, note, result
     for scope, blocks in (("full", 8), ("causal", 6)):
         body = "\n".join(["ENTRY %e (m: s8[1,4,2]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
         (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
-        assert charge.model == "attention"
+        assert charge.model == "our kernel"
         expected = 4 * 32 * blocks * 512 * 1024 * SPLASH["v5p", 128][per_score] / 2  # two cores
         assert charge.cycles == pytest.approx(expected)
 
@@ -188,7 +188,23 @@ def test_flash_attention_is_priced_by_what_its_queries_see():
         body = "\n".join(["ENTRY %e (m: s32[40]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
         (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
         cycles = 64 * (1024**2 * np.dot(blocks, of_scores) + 2048 * of_query) + 16 * 4096 * of_key
-        assert charge.model == "attention" and charge.cycles == pytest.approx(cycles / 2 + moved)  # two cores
+        assert charge.model == "our kernel" and charge.cycles == pytest.approx(cycles / 2 + moved)  # two cores
+
+
+def test_sampling_is_priced_by_pixels_and_queries():
+    """Of 600 queries 640 are worked on."""
+    shapes = {"maps": "bf16[3,8,576,1024]", "at": "f32[8,16,3,12,600]", "g": "bf16[8,600,1024]"}
+    lines = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(shapes.items())]
+    call = (
+        "  ROOT %backward_sampling.3 = (bf16[3,8,576,1024], f32[8,16,3,12,600]) custom-call(%maps, %at, %g), "
+        'custom_call_target="tpu_custom_call"'
+    )
+    body = "\n".join(["ENTRY %e (m: bf16[3]) -> bf16[] {", *lines, call, "}"])
+    (charge,) = Timeline(hlo.parse(body), V5P, network((1,), ("fsdp",))).charges
+    pixel, level, query = SAMPLING["v5p"]["backward"]
+    cycles = 8 * 16 * 640 * (3 * (576 * pixel + level) + query) / 2  # two cores
+    moved = 2 * 3 * 8 * 576 * 1024 * 2 / V5P.hbm_per_cycle
+    assert charge.model == "our kernel" and charge.cycles == pytest.approx(cycles + moved)
 
 
 def test_programs_that_cannot_be_read_say_so():

@@ -24,7 +24,7 @@ from jaxmllm.fusers.concat import Concat
 from jaxmllm.fusers.dense_connector import STI, dci
 from jaxmllm.fusers.fpn import FPN
 from jaxmllm.fusers.level_attention import GlobalAttention
-from jaxmllm.fusers.mmfuser import MMFuser, sample
+from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms.decoder import Decoder, Inserts
 from jaxmllm.mllm import MLLM
@@ -315,21 +315,6 @@ def test_fresh_mmfuser_is_the_query():
         fuser = MMFuser(heads=2, attention=attention, pooled=2)
         fused = jax.jit(fuser.init_with_output)(jax.random.key(0), levels)[0]
         np.testing.assert_array_equal(fused.cells, levels[-1])
-
-
-def test_slopes_of_sampled_pixels():
-    """Between pixels and on them, in the map and out of it: what a step to both sides changes."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    value = jax.random.normal(keys[0], (1, 4 * 5, 1, 3))
-    spots = jnp.array(list(itertools.product([-2, -1.5, -1, -0.25, 0, 1.5, 3, 4, 4.75, 5], repeat=2)))
-    at, weights = spots[None, :, None, None], jax.random.normal(keys[1], (1, len(spots), 1, 1))
-    g, step = jax.random.normal(keys[2], (1, len(spots), 1, 3)), 2.0**-6
-    by_place, by_weight = jax.vjp(lambda *x: sample(value, *x, 5), at, weights)[1](g)
-    for axis in range(2):
-        right, left = (sample(value, at.at[..., axis].add(by), weights, 5) for by in (step, -step))
-        moved = (right - left) / (2 * step)
-        np.testing.assert_allclose(by_place[0, :, 0, 0, axis], (moved * g).sum(-1)[0, :, 0], atol=1e-4)
-    np.testing.assert_allclose(by_weight[..., 0], (sample(value, at, jnp.ones_like(weights), 5) * g).sum(-1), atol=1e-5)
 
 
 @pytest.mark.parametrize(

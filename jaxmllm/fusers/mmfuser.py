@@ -12,7 +12,6 @@ scale_inner; those names are changed because transformers renames keys that cont
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -22,8 +21,9 @@ import numpy as np
 from jaxmllm import mesh
 from jaxmllm.batch import FeatureMap, MapShape
 from jaxmllm.fusers.level_attention import GlobalAttention, LinearAttention
-from jaxmllm.nn.maps import sizes
+from jaxmllm.nn.maps import sizes, stacks
 from jaxmllm.nn.primitives import Linear, Norm, Table, zeros
+from jaxmllm.nn.sampling import sample
 
 
 class MMFuser(nn.Module):
@@ -83,7 +83,7 @@ class MMFuser(nn.Module):
         n, h, w, c = query.shape
         reference = cell_centers(h, w)
         norm = Norm(eps=self.eps, name="feat_norm")
-        levels = [norm(level) for level in self.keys(taps)]
+        levels = [level for stack in stacks(self.keys(taps)) for level in norm(stack)]
         q = mesh.reshape(Norm(eps=self.eps, name="query_norm")(query), n, h * w, c)
         a = self.attend_by("cross_attn")(q, reference, levels)
         a1 = Norm(eps=self.eps, name="norm1")(a)
@@ -110,12 +110,7 @@ def circle_bias(heads: int, levels: int, points: int) -> jax.Array:
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (Zhu et al. 2021, eq. 3): each query reads `points` places of each level.
-
-    Bilinear sampling is written with hat functions: pixel j has weight max(0, 1 - |x - j|), and pixels outside the
-    map do not exist, which is exactly zero padding. So sampling is one matmul with a matrix that the compiler makes
-    on the way into it, with no gather or scatter in either direction.
-    """
+    """Multi-scale deformable attention (Zhu et al. 2021, eq. 3): each query reads `points` places of each level."""
 
     heads: int
     points: int = 4
@@ -131,102 +126,35 @@ class DeformableAttention(nn.Module):
         Returns (output [N, Q, C], sampling locations float32[N, Q, head, level, point, 2] in 0..1, attention weights
         float32[N, Q, head, level, point]).
         """
-        c, shape = query.shape[-1], (self.heads, len(values), self.points)
+        n, count, c = query.shape
+        shape = (self.heads, len(values), self.points)
         xavier = nn.initializers.xavier_uniform()
-        axes = ("heads", None, None, None)
-        project = Linear((*shape, 2), ("embed",), axes, kernel_init=zeros, use_bias=False, name="sampling_offsets")
-        offsets = project(query)
+        value_proj = Linear((c,), out_axes=("heads",), kernel_init=xavier, name="value_proj")
+
+        def of_query(name: str, *shape: int, **options) -> jax.Array:
+            """float32[N, Q, *shape]. One matrix: with dimensions as small as 2, products and memory go to waste."""
+            width = math.prod(shape)
+            x = Linear((width,), out_axes=("heads",), kernel_init=zeros, name=name, **options)(query)
+            names = ("batch", None, "heads", *[None] * (len(shape) - 1))
+            return mesh.reshape_to(x, (n, count, *shape), *names).astype(jnp.float32)
+
+        offsets = of_query("sampling_offsets", *shape, 2, use_bias=False)
         bias = Table((*shape, 2), lambda *_: circle_bias(*shape), name="offset_bias")()
-        offsets = offsets.astype(jnp.float32) + mesh.shard(bias.astype(jnp.float32), "heads")
-        logits = Linear(shape, ("embed",), ("heads", None, None), kernel_init=zeros, name="attention_weights")(query)
-        flat = logits.astype(jnp.float32)
-        weights = jnp.exp(flat - jax.lax.stop_gradient(flat.max((-2, -1), keepdims=True)))
+        offsets = offsets + mesh.shard(bias.astype(jnp.float32), "heads")
+        logits = of_query("attention_weights", *shape)
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max((-2, -1), keepdims=True)))
         weights = weights / weights.sum((-2, -1), keepdims=True)
         reference = reference[:, None] if reference.ndim == 2 else reference
-        value_proj = Linear(
-            (self.heads, c // self.heads), ("embed",), ("heads", None), kernel_init=xavier, name="value_proj"
-        )
         sizes = np.array([[v.shape[2], v.shape[1]] for v in values], np.float64)
         # In pixels, and not by way of 0..1: fresh offsets are whole pixels, and stay it up to the last bit (see slope).
         center = jnp.asarray(reference * sizes - 0.5, jnp.float32)
         where = center[..., None, :, None, :] + offsets  # [N, Q, head, level, point, 2]
-        out = 0.0
-        for level, value in enumerate(values):
-            v, at = value_proj(value), where[..., level, :, :]
-            with jax.named_scope("gather"):  # this stands for a gather: no FLOPs that the model needs
-                out = out + self.sample(v, at, weights[..., level, :])
-        proj = Linear((c,), ("heads", None), ("embed",), kernel_init=xavier, name="output_proj")
-        return proj(out.astype(query.dtype)), (where + 0.5) / sizes[:, None].astype(np.float32), weights
+        values = [value_proj(value) for value in stacks(values)]
+        with jax.named_scope("gather"):  # this stands for a gather: no FLOPs that the model needs
+            out = self.sample(values, where, weights)
+        proj = Linear((c,), ("heads",), ("embed",), kernel_init=xavier, name="output_proj")
+        return proj(out), (where + 0.5) / sizes[:, None].astype(np.float32), weights
 
-    def sample(self, value: jax.Array, at: jax.Array, weights: jax.Array) -> jax.Array:
-        """Weighted sums of bilinear samples of one level, float32[N, Q, head, d].
-
-        value [N, h, w, head, d]; at float32[N, Q, head, point, 2], (x, y) in pixels; weights float32[N, Q, head,
-        point].
-        """
-        n, h, w, heads, d = value.shape
-        value = mesh.reshape_to(value, (n, h * w, heads, d), "batch", None, "heads", None)
-        return sample(value, at, weights, w)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def sample(value: jax.Array, at: jax.Array, weights: jax.Array, width: int) -> jax.Array:
-    """As DeformableAttention.sample, value [N, h * w, head, d].
-
-    The matrix is made in float32 and rounded to the dtype of `value`, as a TPU's matmul does anyway; sums are float32.
-    """
-    matrix = picks(at, weights, value, width)
-    return jnp.einsum("nqmp,npmd->nqmd", matrix, value, preferred_element_type=jnp.float32)
-
-
-def picks(at: jax.Array, weights: jax.Array, value: jax.Array, width: int) -> jax.Array:
-    """How much of every pixel each query takes: [N, Q, head, h * w] of the dtype of `value`."""
-    matrix = 0.0
-    for x, y, weight in per_point(at, weights, value.shape[1], width):
-        matrix = matrix + weight * hat(x) * hat(y)
-    # A kernel of its own: made inside the matmul, the TPU compiler tries it window by window, for minutes.
-    return jax.lax.optimization_barrier(matrix.astype(value.dtype))
-
-
-def per_point(at: jax.Array, weights: jax.Array, pixels: int, width: int):
-    """Yields of each point its distances from all pixels in x and in y [N, Q, head, h * w] and its weight [.., 1].
-
-    Point by point over all pixels: as sums over an axis of points, the reductions are 3 to 100 times as slow.
-    """
-    y, x = jnp.divmod(jnp.arange(pixels, dtype=jnp.float32), width)
-    for k in range(weights.shape[-1]):
-        yield at[..., k, 0, None] - x, at[..., k, 1, None] - y, weights[..., k, None]
-
-
-def _forward(value, at, weights, width):
-    return sample(value, at, weights, width), (value, at, weights)
-
-
-# By hand because of the barrier: joined with the matmul, the sums below are one kernel that takes the TPU compiler 40
-# to 150 s, and what they share with the matrix is made twice.
-def _backward(width, saved, g):
-    value, at, weights = saved
-    g = g.astype(value.dtype)
-    dvalue = jnp.einsum("nqmp,nqmd->npmd", picks(at, weights, value, width), g)
-    d = jnp.einsum("nqmd,npmd->nqmp", g, value, preferred_element_type=jnp.float32)
-    slopes, sums = [], []
-    for x, y, weight in per_point(at, weights, value.shape[1], width):
-        d = jax.lax.optimization_barrier(d)  # each point a kernel: of all in one, v6e's takes up to sixty times as long
-        by_x, by_y = (d * hat(y) * slope(x)).sum(-1), (d * hat(x) * slope(y)).sum(-1)
-        slopes.append(weight * jnp.stack([by_x, by_y], -1))
-        sums.append((d * hat(x) * hat(y)).sum(-1))
-    return dvalue, jnp.stack(slopes, -2), jnp.stack(sums, -1)
-
-
-sample.defvjp(_forward, _backward)
-
-
-def hat(x: jax.Array) -> jax.Array:
-    """Weight that linear interpolation gives a pixel at this distance."""
-    return jax.nn.relu(1 - jnp.abs(x))
-
-
-def slope(x: jax.Array) -> jax.Array:
-    """Derivative of `hat`, at its corners the mean of both sides: a sample on a pixel has the slope between the pixel's
-    two neighbours. Fresh ones lie there, in x or y at least."""
-    return jnp.sign(x) * jnp.where(jnp.abs(x) < 1, -1.0, jnp.where(jnp.abs(x) == 1, -0.5, 0.0))
+    def sample(self, values: list[jax.Array], at: jax.Array, weights: jax.Array) -> jax.Array:
+        """As sampling.sample."""
+        return sample(values, at, weights)

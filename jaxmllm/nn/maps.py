@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import jax
@@ -33,6 +34,11 @@ def patches(x: jax.Array, side: int) -> jax.Array:
     """
     x = cells(x, side)
     return jax.lax.optimization_barrier(mesh.reshape(x, x.shape[0], x.shape[1] * x.shape[2], side**2 * x.shape[-1]))
+
+
+def stacks(maps: Iterable[jax.Array]) -> list[jax.Array]:
+    """Maps [N, h, w, C] -> [count, N, h, w, C] for each run of maps of one size, to be worked on at once."""
+    return [jnp.stack(list(run)) for _, run in itertools.groupby(maps, lambda x: x.shape)]
 
 
 def mean(maps: Iterable[jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Cycles of the attention kernels, which carry no estimate of the compiler: scores x what it schedules for one."""
+"""Cycles of our kernels, which carry no estimate of the compiler: what they do x what it schedules for one of it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,25 @@ SPLASH = {
     ("v6e", 64): {"fwd": 4.40e-3, "dkv": 5.13e-3, "dq": 4.36e-3},
     ("v6e", 128): {"fwd": 4.34e-3, "dkv": 5.07e-3, "dq": 4.20e-3},
 }
+# Of one head, four points: for a pixel and query of a level, for a query of a level, for a query
+# (benchmarks/sampling_blocks.py).
+SAMPLING = {
+    "v5p": {"forward": (2.83e-3, 0.947, 0.762), "backward": (10.3e-3, 1.82, 2.56)},
+    "v6e": {"forward": (2.93e-3, 0.781, 0.809), "backward": (10.0e-3, 0.979, 1.88)},
+}
 # Chips whose kernels were not compiled: priced as one with the same matrix units.
 ALIKE = {"v4": "v5p", "v5e": "v5p", "tpu7x": "v6e"}
 
 
 def kernel_cycles(each: Instruction, chip: Chip) -> float:
-    """Cycles of an attention kernel, waiting for queries' memory not included; 0 for another kernel.
+    """Cycles of a kernel, waiting for queries' memory not included; 0 for one that is not known.
 
-    Operands: q [..., S, D], k [..., T, D] first of the floating ones. A causal kernel has the scope "causal"; its rows
-    are taken to be one sample each (several samples in a row have fewer scores), its queries to be the row's last.
+    Operands of attention: q [..., S, D], k [..., T, D] first of the floating ones. A causal kernel has the scope
+    "causal"; its rows are taken to be one sample each (several samples in a row have fewer scores), its queries to be
+    the row's last.
     """
+    if name := re.match(r"(forward|backward)_sampling", each.name):
+        return sampling(each, chip, name[1])
     if name := re.match(r"(forward|backward)_flash_(\d+)x(\d+)", each.name):
         return flash(each, chip, name[1], int(name[2]), int(name[3]))
     if name := re.match(r"splash_m[hq]a_(fwd|dkv|dq)", each.name):
@@ -84,8 +93,21 @@ def splash(each: Instruction, chip: Chip, kernel: str) -> float:
     return math.prod(query.dims[:-2]) * blocks * bq * bk * scheduled * max(1, d / 128) / chip.cores
 
 
+def sampling(each: Instruction, chip: Chip, kernel: str) -> float:
+    """Of nn/sampling.py's kernels: maps [level, N, pixels, C], places [N, head, level, 3 points, Q]. A group of heads'
+    maps, and their gradients, are moved while nothing else runs.
+    """
+    maps, places = operands(each)
+    (levels, n, pixels, _), (_, heads, _, rows, queries) = maps.dims, places.dims
+    of_pixel, of_level, of_query = SAMPLING[ALIKE.get(chip.name, chip.name)][kernel]
+    of_query += levels * (pixels * of_pixel * rows / 12 + of_level)
+    moved = maps.bytes * (1 if kernel == "forward" else 2)
+    cycles = n * heads * 128 * math.ceil(queries / 128) * of_query
+    return cycles / min(chip.cores, n) + moved / chip.hbm_per_cycle
+
+
 def operands(each: Instruction) -> tuple[Array, Array]:
-    """Queries and keys."""
+    """Queries and keys, or maps and places."""
     query, key = [arrays[0] for arrays in each.inputs if arrays and arrays[0].dtype in ("bf16", "f32")][:2]
     return query, key
 

@@ -24,7 +24,7 @@ MODELS = {
     "sort": "bytes at HBM rate x log2(n) (log2(n) + 1) / 2 passes",
     "windowed matmul": f"max(FLOPs at {WINDOW_EFFICIENCY:.0%} of peak, operands and results at HBM rate)",
     "kernel": f"max(FLOPs at {KERNEL_EFFICIENCY:.0%} of peak, bytes at HBM rate) of the kernel's own cost estimate",
-    "attention": "scores of the blocks that the mask touches, queries, keys x cycles the compiler schedules for one",
+    "our kernel": "scores of the blocks that a mask touches, pixels x places x cycles the compiler schedules for one",
     "kernel without estimate": "operands and results at HBM rate; its FLOPs count as nothing",
     "in-place update": "twice the updated bytes at HBM rate",
     "asynchronous copy": "nothing: it runs beside other work",
@@ -145,5 +145,5 @@ def kernel(each: Instruction, moved: float, chip: Chip) -> Price:
         compute = float(cost.get("flops", 0)) / (KERNEL_EFFICIENCY * chip.flops_per_cycle)
         return Price(max(compute, float(cost.get("bytes_accessed", 0)) / chip.hbm_per_cycle), "kernel", "kernel")
     if cycles := kernel_cycles(each, chip):
-        return Price(max(cycles, moved), "kernel", "attention")
+        return Price(max(cycles, moved), "kernel", "our kernel")
     return Price(moved, "kernel", "kernel without estimate")

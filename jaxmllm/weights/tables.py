@@ -66,7 +66,7 @@ def deformable_attention() -> Table:
     table = dense("sampling_offsets", "sampling_offsets", bias=False)
     table += copy("sampling_offsets.bias", "offset_bias/value", FLAT)
     table += dense("attention_weights", "attention_weights") + dense("value_proj", "value_proj")
-    return table + dense("output_proj", "output_proj", inputs=2)
+    return table + dense("output_proj", "output_proj")
 
 
 def mmfuser() -> Table:

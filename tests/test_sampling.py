@@ -1,0 +1,115 @@
+"""Bilinear sampling: both forms against single pixels, the TPU kernels run by Pallas's interpreter on CPU."""
+
+import itertools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxmllm import mesh
+from jaxmllm.nn import sampling
+from tests.conftest import ROOT, simulated
+
+NAN = pltpu.InterpretParams(uninitialized_memory="nan")  # a simulation of a TPU's memory
+
+
+def kernel(*x, interpret=True):
+    return sampling.on_chip(*x, interpret=interpret)
+
+
+def example(sizes: list[tuple[int, int]], n=2, queries=150, heads=3, d=8, dtype=jnp.float32):
+    """Values (levels of one size together), places of which every other lies on a pixel, weights, a cotangent."""
+    rng = np.random.default_rng(0)
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
+    values = [jnp.asarray(rng.normal(size=(count, n, *size, heads * d)), dtype) for size, count in runs]
+    at = rng.uniform(-2, max(map(max, sizes)) + 2, size=(n, queries, heads, len(sizes), 4, 2)).astype(np.float32)
+    at[:, ::2] = np.round(at[:, ::2])
+    weights = rng.uniform(size=at.shape[:-1]).astype(np.float32)
+    return values, jnp.asarray(at), jnp.asarray(weights), jnp.asarray(rng.normal(size=(n, queries, heads * d)), dtype)
+
+
+def both(form, values, at, weights, g):
+    """Output and gradients."""
+    y, vjp = jax.vjp(form, values, at, weights)
+    return y, vjp(g)
+
+
+def test_the_plain_form_pixel_by_pixel():
+    values, at, weights, _ = example([(3, 4), (3, 4), (5, 2)], n=1, queries=7, heads=2, d=2)
+    levels, expected = [level for value in values for level in value], np.zeros((7, 2, 2))
+    for q, m, level, k in np.ndindex(7, 2, 3, 4):
+        x, y = at[0, q, m, level, k]
+        for i, j in np.ndindex(levels[level].shape[1:3]):
+            near = max(0, 1 - abs(x - j)) * max(0, 1 - abs(y - i))
+            expected[q, m] += weights[0, q, m, level, k] * near * levels[level][0, i, j].reshape(2, 2)[m]
+    np.testing.assert_allclose(sampling.plain(values, at, weights)[0], expected.reshape(7, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [sampling.plain, kernel])
+def test_slopes_of_sampled_pixels(form):
+    """Between pixels and on them, in the map and out of it: what a step to both sides changes."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    values = [jax.random.normal(keys[0], (1, 1, 4, 5, 3))]
+    spots = jnp.array(list(itertools.product([-2, -1.5, -1, -0.25, 0, 1.5, 3, 4, 4.75, 5], repeat=2)))
+    at, weights = spots[None, :, None, None, None], jax.random.normal(keys[1], (1, len(spots), 1, 1, 1))
+    g, step = jax.random.normal(keys[2], (1, len(spots), 3)), 2.0**-6
+    _, (_, by_place, by_weight) = both(form, values, at, weights, g)
+    for axis in range(2):
+        right, left = (sampling.plain(values, at.at[..., axis].add(by), weights) for by in (step, -step))
+        moved = (right - left) / (2 * step)
+        np.testing.assert_allclose(by_place[0, :, 0, 0, 0, axis], (moved * g).sum(-1)[0], atol=1e-4)
+    unweighted = sampling.plain(values, at, jnp.ones_like(weights))
+    np.testing.assert_allclose(by_weight[0, :, 0, 0, 0], (unweighted * g).sum(-1)[0], atol=1e-5)
+
+
+# Sizes of levels, queries, heads, channels of one. Heads worked on: all three, with the last queries alone in their
+# block; two of four, maps in several pieces; one, no multiple of 128 channels.
+CASES = [
+    ([(5, 6), (7, 9), (6, 5)], 150, 3, 8),
+    ([(37, 37), (37, 37)], 128, 4, 64),
+    ([(24, 24)], 60, 1, 40),
+]
+
+
+@pytest.mark.parametrize("interpret", [True, NAN])
+@pytest.mark.parametrize("sizes, queries, heads, d", CASES)
+def test_kernels_equal_the_plain_form(sizes, queries, heads, d, interpret):
+    """Nothing is read before it is written either."""
+    x = example(sizes, 2 if heads < 4 else 1, queries, heads, d)
+    found = jax.jit(lambda *x: both(lambda *x: kernel(*x, interpret=interpret), *x))(*x)
+    wanted = jax.jit(lambda *x: both(sampling.plain, *x))(*x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, wanted)
+
+
+def test_kernels_in_bfloat16():
+    """Against float32 of the same numbers."""
+    values, at, weights, g = example([(9, 9)] * 2, 1, 70, 2, 64, jnp.bfloat16)
+    found = jax.jit(lambda *x: both(kernel, *x))(values, at, weights, g)
+    assert found[0].dtype == found[1][0][0].dtype == jnp.bfloat16
+    single = [value.astype(jnp.float32) for value in values]
+    wanted = both(sampling.plain, single, at, weights, g.astype(jnp.float32))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * float(jnp.abs(b).max()))
+
+
+def images_and_heads_split() -> None:
+    """On four devices: images over fsdp 2, heads over tensor 2; both forms."""
+    values, at, weights, g = example([(5, 6), (5, 6), (4, 7)], 2, 40, 4, 8)
+    wanted = both(sampling.plain, values, at, weights, g)
+    with jax.set_mesh(mesh.Mesh(fsdp=2, tensor=2).build()):
+        values = [mesh.shard(v, None, "batch", None, None, "heads") for v in values]
+        at, weights = (mesh.shard(x, "batch", None, "heads", *[None] * (x.ndim - 3)) for x in (at, weights))
+        g = mesh.shard(g, "batch", None, "heads")
+        for form in (sampling.plain, kernel):
+            found = jax.jit(lambda *x, form=form: both(form, *x))(values, at, weights, g)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, wanted)
+
+
+def test_images_and_heads_split():
+    code = "from tests.test_sampling import images_and_heads_split; images_and_heads_split()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=simulated(4), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
