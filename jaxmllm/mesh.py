@@ -233,6 +233,15 @@ def reshape_to(x: jax.Array, shape: tuple[int, ...], *names: str | None) -> jax.
     return jax.lax.reshape(x, shape, out_sharding=spec(*names)) if has_mesh() else x.reshape(shape)
 
 
+def refold(x: jax.Array, at: int, count: int, *sizes: int) -> jax.Array:
+    """x with dimensions at .. at + count - 1, which are not split, in other sizes."""
+    shape = (*x.shape[:at], *sizes, *x.shape[at + count :])
+    if not has_mesh():
+        return x.reshape(shape)
+    split = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=P(*split[:at], *[None] * len(sizes), *split[at + count :]))
+
+
 def in_parts(x: jax.Array) -> jax.Array:
     """[V, H] -> [parts, V / parts, H]: what different devices hold of the first dimension, apart."""
     if not has_mesh():

@@ -17,15 +17,15 @@ from tests.golden_case import Case, Check, numbered, shapes
 def deformable_attention(case: Case) -> Check:
     module = DeformableAttention(case.config["num_heads"], case.config["num_points"])
 
+    def inputs(x):
+        return x["query"], x["reference_points"], [level[None] for level in numbered(x, "value")]
+
     def forward(params, x):
-        args = x["query"], x["reference_points"], numbered(x, "value")
-        y, where, weights = module.apply({"params": unflatten(params)}, *args, method=module.attend)
+        y, where, weights = module.apply({"params": unflatten(params)}, *inputs(x), method=module.attend)
         scalar = jnp.sum(y * x["cotangent"])
         return {"output": y, "sampling_locations": where, "attention_weights": weights, "scalar": scalar}
 
-    x = case.inputs
-    ours = shapes(module, x["query"], x["reference_points"], numbered(x, "value"))
-    return Check(forward, tables.deformable_attention(), ours)
+    return Check(forward, tables.deformable_attention(), shapes(module, *inputs(case.inputs)))
 
 
 def mmfuser(case: Case) -> Check:

@@ -331,7 +331,7 @@ def test_taps_that_mmfuser_reads(options, used):
 
 def test_global_attention_of_mmfuser():
     """Against the formula in numpy."""
-    query, levels = taps(1, 6, 8), [taps(1, 2, 3, 8), taps(1, 1, 2, 8)]
+    query, levels = taps(1, 6, 8), [taps(1, 1, 2, 3, 8), taps(1, 1, 1, 2, 8)]
     module = GlobalAttention(2)
     params = module.init(jax.random.key(0), query, None, levels)["params"]
     x = np.concatenate([np.asarray(level).reshape(1, -1, 8) for level in levels], 1)[0]

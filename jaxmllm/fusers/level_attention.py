@@ -19,14 +19,14 @@ from jaxmllm.nn.primitives import ACTIVATIONS, Linear, Norm
 
 
 class GlobalAttention(nn.Module):
-    """Every query asks every cell of every level: query [N, Q, C], levels [N, h, w, C] -> [N, Q, C]."""
+    """Every query asks every cell of every level: query [N, Q, C], stacks of levels [count, N, h, w, C] -> [N, Q, C]."""
 
     heads: int
 
     @nn.compact
     def __call__(self, query: jax.Array, reference: jax.Array, levels: list[jax.Array]) -> jax.Array:
         n, _, c = query.shape
-        keys = jnp.concatenate([mesh.reshape(x, n, x.shape[1] * x.shape[2], c) for x in levels], 1)
+        keys = jnp.concatenate([mesh.reshape(x, n, x.shape[1] * x.shape[2], c) for stack in levels for x in stack], 1)
         init = nn.initializers.xavier_uniform()
         return CrossAttention(self.heads, c // self.heads, kernel_init=init, name="attn")(query, keys)
 
@@ -40,5 +40,6 @@ class LinearAttention(nn.Module):
     @nn.compact
     def __call__(self, query: jax.Array, reference: jax.Array, levels: list[jax.Array]) -> jax.Array:
         reduce, norm = Linear((query.shape[-1],), name="reduce"), Norm(name="norm")
-        pooled = [ACTIVATIONS["gelu"](norm(reduce(adaptive_pool(x, self.side, self.side)))) for x in levels]
+        levels = (adaptive_pool(x, self.side, self.side) for stack in levels for x in stack)
+        pooled = [ACTIVATIONS["gelu"](norm(reduce(x)))[None] for x in levels]
         return GlobalAttention(self.heads, name="global")(query, reference, pooled)

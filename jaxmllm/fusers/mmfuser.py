@@ -21,7 +21,7 @@ import numpy as np
 from jaxmllm import mesh
 from jaxmllm.batch import FeatureMap, MapShape
 from jaxmllm.fusers.level_attention import GlobalAttention, LinearAttention
-from jaxmllm.nn.maps import sizes, stacks
+from jaxmllm.nn.maps import by_token, sizes, stacks
 from jaxmllm.nn.primitives import Linear, Norm, Table, zeros
 from jaxmllm.nn.sampling import sample
 
@@ -66,7 +66,7 @@ class MMFuser(nn.Module):
 
     @nn.nowrap
     def attend_by(self, name: str) -> nn.Module:
-        """A fresh attention, called as (query [N, Q, C], reference [Q, 2], levels [N, h, w, C] each) -> [N, Q, C]."""
+        """A fresh attention, called as (query [N, Q, C], reference [Q, 2], stacks of levels) -> [N, Q, C]."""
         if self.attention == "global":
             return GlobalAttention(self.heads, name=name)
         if self.attention == "linear":
@@ -79,18 +79,17 @@ class MMFuser(nn.Module):
     @nn.compact
     def attend(self, taps: jax.Array | list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(out [N, h, w, C], A [N, h*w, C], A2 [N, h*w, C])."""
-        query = taps[self.query]
-        n, h, w, c = query.shape
-        reference = cell_centers(h, w)
+        n, h, w, c = taps[self.query].shape
+        query, reference = mesh.reshape(taps[self.query], n, h * w, c), cell_centers(h, w)
         norm = Norm(eps=self.eps, name="feat_norm")
-        levels = [level for stack in stacks(self.keys(taps)) for level in norm(stack)]
-        q = mesh.reshape(Norm(eps=self.eps, name="query_norm")(query), n, h * w, c)
+        levels = [by_token(norm, stack) for stack in stacks(taps, self.keys(range(len(taps))))]
+        q = Norm(eps=self.eps, name="query_norm")(query)
         a = self.attend_by("cross_attn")(q, reference, levels)
         a1 = Norm(eps=self.eps, name="norm1")(a)
-        a2 = self.attend_by("self_attn")(a1, reference, [mesh.reshape(a1, n, h, w, c)])
+        a2 = self.attend_by("self_attn")(a1, reference, [mesh.reshape(a1, n, h, w, c)[None]])
         outer = Table((c,), zeros, name="scale_outer")().astype(query.dtype)
         inner = Table((c,), zeros, name="scale_inner")().astype(query.dtype)
-        return query + mesh.reshape(outer * (a + inner * a2), n, h, w, c), a, a2
+        return mesh.reshape(query + outer * (a + inner * a2), n, h, w, c), a, a2
 
 
 def cell_centers(h: int, w: int) -> np.ndarray:
@@ -121,13 +120,14 @@ class DeformableAttention(nn.Module):
 
     @nn.compact
     def attend(self, query: jax.Array, reference: jax.Array, values: list[jax.Array]):
-        """query [N, Q, C]; reference (x, y) in 0..1, [Q, 2] or [N, Q, levels, 2]; values: levels [N, h, w, C].
+        """query [N, Q, C]; reference (x, y) in 0..1, [Q, 2] or [N, Q, levels, 2]; values: stacks [count, N, h, w, C].
 
         Returns (output [N, Q, C], sampling locations float32[N, Q, head, level, point, 2] in 0..1, attention weights
         float32[N, Q, head, level, point]).
         """
         n, count, c = query.shape
-        shape = (self.heads, len(values), self.points)
+        levels = [v.shape[3:1:-1] for v in values for _ in range(len(v))]
+        shape = (self.heads, len(levels), self.points)
         xavier = nn.initializers.xavier_uniform()
         value_proj = Linear((c,), out_axes=("heads",), kernel_init=xavier, name="value_proj")
 
@@ -145,11 +145,11 @@ class DeformableAttention(nn.Module):
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max((-2, -1), keepdims=True)))
         weights = weights / weights.sum((-2, -1), keepdims=True)
         reference = reference[:, None] if reference.ndim == 2 else reference
-        sizes = np.array([[v.shape[2], v.shape[1]] for v in values], np.float64)
+        sizes = np.array(levels, np.float64)
         # In pixels, and not by way of 0..1: fresh offsets are whole pixels, and stay it up to the last bit (see slope).
         center = jnp.asarray(reference * sizes - 0.5, jnp.float32)
         where = center[..., None, :, None, :] + offsets  # [N, Q, head, level, point, 2]
-        values = [value_proj(value) for value in stacks(values)]
+        values = [by_token(value_proj, stack) for stack in values]
         with jax.named_scope("gather"):  # this stands for a gather: no FLOPs that the model needs
             out = self.sample(values, where, weights)
         proj = Linear((c,), ("heads",), ("embed",), kernel_init=xavier, name="output_proj")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,22 @@ def patches(x: jax.Array, side: int) -> jax.Array:
     return jax.lax.optimization_barrier(mesh.reshape(x, x.shape[0], x.shape[1] * x.shape[2], side**2 * x.shape[-1]))
 
 
-def stacks(maps: Iterable[jax.Array]) -> list[jax.Array]:
+def stacks(maps: jax.Array | list[jax.Array], which: list[int]) -> list[jax.Array]:
     """Maps [N, h, w, C] -> [count, N, h, w, C] for each run of maps of one size, to be worked on at once."""
-    return [jnp.stack(list(run)) for _, run in itertools.groupby(maps, lambda x: x.shape)]
+    if isinstance(maps, jax.Array) and which == list(range(which[0], which[-1] + 1)):
+        return [maps[which[0] : which[-1] + 1]]
+    runs = itertools.groupby((maps[i] for i in which), lambda x: x.shape)
+    return [jnp.stack(list(run)) for _, run in runs]
+
+
+def by_token(f: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
+    """f, given maps [count, N, h, w, C] as tokens [count, N, h*w, C], and its result as maps again.
+
+    Both reshapes vanish where tokens become maps and back. A TPU's tiles of 8 rows make sides such as 37 costly, in
+    cycles and far more in its compiler's time.
+    """
+    h, w = stack.shape[2:4]
+    return mesh.refold(f(mesh.refold(stack, 2, 2, h * w)), 2, 1, h, w)
 
 
 def mean(maps: Iterable[jax.Array]) -> jax.Array:
