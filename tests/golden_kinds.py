@@ -8,6 +8,7 @@ import numpy as np
 from jaxmllm.aggregators.sva import SVALayer, to_memory, window_mask
 from jaxmllm.data.images import key_mask, padding, token_mask
 from jaxmllm.fusers.mmfuser import DeformableAttention, MMFuser
+from jaxmllm.nn.maps import Tokens
 from jaxmllm.train.state import unflatten
 from jaxmllm.weights import tables
 from jaxmllm.weights.convert import join
@@ -18,7 +19,7 @@ def deformable_attention(case: Case) -> Check:
     module = DeformableAttention(case.config["num_heads"], case.config["num_points"])
 
     def inputs(x):
-        return x["query"], x["reference_points"], [level[None] for level in numbered(x, "value")]
+        return x["query"], x["reference_points"], [Tokens.of(level[None]) for level in numbered(x, "value")]
 
     def forward(params, x):
         y, where, weights = module.apply({"params": unflatten(params)}, *inputs(x), method=module.attend)

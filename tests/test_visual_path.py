@@ -28,6 +28,7 @@ from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms.decoder import Decoder, Inserts
 from jaxmllm.mllm import MLLM
+from jaxmllm.nn.maps import Tokens
 from jaxmllm.objectives.embed_distill import EmbedDistill
 from jaxmllm.train.state import flatten, unflatten
 from tests import visual_zoo as zoo
@@ -331,10 +332,10 @@ def test_taps_that_mmfuser_reads(options, used):
 
 def test_global_attention_of_mmfuser():
     """Against the formula in numpy."""
-    query, levels = taps(1, 6, 8), [taps(1, 1, 2, 3, 8), taps(1, 1, 1, 2, 8)]
+    query, levels = taps(1, 6, 8), [Tokens.of(taps(1, 1, h, w, 8)) for h, w in ((2, 3), (1, 2))]
     module = GlobalAttention(2)
     params = module.init(jax.random.key(0), query, None, levels)["params"]
-    x = np.concatenate([np.asarray(level).reshape(1, -1, 8) for level in levels], 1)[0]
+    x = np.concatenate([np.asarray(level.x).reshape(1, -1, 8) for level in levels], 1)[0]
     w = {k: np.asarray(v["kernel"], np.float64).reshape(8, -1) for k, v in params["attn"].items()}
     q, k, v = np.asarray(query)[0] @ w["q"], x @ w["k"], x @ w["v"]
     heads = []

@@ -12,21 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
 from jaxmllm.nn.attention import CrossAttention
-from jaxmllm.nn.maps import adaptive_pool
+from jaxmllm.nn.maps import Tokens, adaptive_pool
 from jaxmllm.nn.primitives import ACTIVATIONS, Linear, Norm
 
 
 class GlobalAttention(nn.Module):
-    """Every query asks every cell of every level: query [N, Q, C], stacks of levels [count, N, h, w, C] -> [N, Q, C]."""
+    """Every query asks every cell of every level: query [N, Q, C], levels by size -> [N, Q, C]."""
 
     heads: int
 
     @nn.compact
-    def __call__(self, query: jax.Array, reference: jax.Array, levels: list[jax.Array]) -> jax.Array:
-        n, _, c = query.shape
-        keys = jnp.concatenate([mesh.reshape(x, n, x.shape[1] * x.shape[2], c) for stack in levels for x in stack], 1)
+    def __call__(self, query: jax.Array, reference: jax.Array, levels: list[Tokens]) -> jax.Array:
+        c = query.shape[-1]
+        keys = jnp.concatenate([x for stack in levels for x in stack.cells], 1)
         init = nn.initializers.xavier_uniform()
         return CrossAttention(self.heads, c // self.heads, kernel_init=init, name="attn")(query, keys)
 
@@ -38,8 +37,8 @@ class LinearAttention(nn.Module):
     side: int
 
     @nn.compact
-    def __call__(self, query: jax.Array, reference: jax.Array, levels: list[jax.Array]) -> jax.Array:
+    def __call__(self, query: jax.Array, reference: jax.Array, levels: list[Tokens]) -> jax.Array:
         reduce, norm = Linear((query.shape[-1],), name="reduce"), Norm(name="norm")
-        levels = (adaptive_pool(x, self.side, self.side) for stack in levels for x in stack)
+        levels = (adaptive_pool(x, self.side, self.side) for stack in levels for x in stack.maps)
         pooled = [ACTIVATIONS["gelu"](norm(reduce(x)))[None] for x in levels]
-        return GlobalAttention(self.heads, name="global")(query, reference, pooled)
+        return GlobalAttention(self.heads, name="global")(query, reference, [Tokens.of(x) for x in pooled])

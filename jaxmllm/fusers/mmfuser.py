@@ -21,7 +21,7 @@ import numpy as np
 from jaxmllm import mesh
 from jaxmllm.batch import FeatureMap, MapShape
 from jaxmllm.fusers.level_attention import GlobalAttention, LinearAttention
-from jaxmllm.nn.maps import by_token, sizes, stacks
+from jaxmllm.nn.maps import Tokens, sizes, stacks
 from jaxmllm.nn.primitives import Linear, Norm, Table, zeros
 from jaxmllm.nn.sampling import sample
 
@@ -66,7 +66,7 @@ class MMFuser(nn.Module):
 
     @nn.nowrap
     def attend_by(self, name: str) -> nn.Module:
-        """A fresh attention, called as (query [N, Q, C], reference [Q, 2], stacks of levels) -> [N, Q, C]."""
+        """A fresh attention, called as (query [N, Q, C], reference [Q, 2], levels as tokens) -> [N, Q, C]."""
         if self.attention == "global":
             return GlobalAttention(self.heads, name=name)
         if self.attention == "linear":
@@ -79,17 +79,19 @@ class MMFuser(nn.Module):
     @nn.compact
     def attend(self, taps: jax.Array | list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(out [N, h, w, C], A [N, h*w, C], A2 [N, h*w, C])."""
-        n, h, w, c = taps[self.query].shape
-        query, reference = mesh.reshape(taps[self.query], n, h * w, c), cell_centers(h, w)
+        query = Tokens.of(taps[self.query][None])
+        centers = cell_centers(query.h, query.w)
+        reference = np.pad(centers, ((0, query.x.shape[2] - len(centers)), (0, 0)))
         norm = Norm(eps=self.eps, name="feat_norm")
-        levels = [by_token(norm, stack) for stack in stacks(taps, self.keys(range(len(taps))))]
-        q = Norm(eps=self.eps, name="query_norm")(query)
+        levels = [stack.by(norm) for stack in stacks(taps, self.keys(range(len(taps))))]
+        q = Norm(eps=self.eps, name="query_norm")(query.x[0])
         a = self.attend_by("cross_attn")(q, reference, levels)
         a1 = Norm(eps=self.eps, name="norm1")(a)
-        a2 = self.attend_by("self_attn")(a1, reference, [mesh.reshape(a1, n, h, w, c)[None]])
-        outer = Table((c,), zeros, name="scale_outer")().astype(query.dtype)
-        inner = Table((c,), zeros, name="scale_inner")().astype(query.dtype)
-        return mesh.reshape(query + outer * (a + inner * a2), n, h, w, c), a, a2
+        a2 = self.attend_by("self_attn")(a1, reference, [query.replace(x=a1[None])])
+        outer = Table(a.shape[-1:], zeros, name="scale_outer")().astype(a.dtype)
+        inner = Table(a.shape[-1:], zeros, name="scale_inner")().astype(a.dtype)
+        out = query.by(lambda x: x + outer * (a + inner * a2)).maps[0]
+        return out, a[:, : len(centers)], a2[:, : len(centers)]
 
 
 def cell_centers(h: int, w: int) -> np.ndarray:
@@ -114,19 +116,19 @@ class DeformableAttention(nn.Module):
     heads: int
     points: int = 4
 
-    def __call__(self, query: jax.Array, reference: jax.Array, values: list[jax.Array]) -> jax.Array:
+    def __call__(self, query: jax.Array, reference: jax.Array, values: list[Tokens]) -> jax.Array:
         """As `attend`, the output alone."""
         return self.attend(query, reference, values)[0]
 
     @nn.compact
-    def attend(self, query: jax.Array, reference: jax.Array, values: list[jax.Array]):
-        """query [N, Q, C]; reference (x, y) in 0..1, [Q, 2] or [N, Q, levels, 2]; values: stacks [count, N, h, w, C].
+    def attend(self, query: jax.Array, reference: jax.Array, values: list[Tokens]):
+        """query [N, Q, C]; reference (x, y) in 0..1, [Q, 2] or [N, Q, levels, 2]; values: levels, by size.
 
         Returns (output [N, Q, C], sampling locations float32[N, Q, head, level, point, 2] in 0..1, attention weights
         float32[N, Q, head, level, point]).
         """
         n, count, c = query.shape
-        levels = [v.shape[3:1:-1] for v in values for _ in range(len(v))]
+        levels = [(v.w, v.h) for v in values for _ in v.x]
         shape = (self.heads, len(levels), self.points)
         xavier = nn.initializers.xavier_uniform()
         value_proj = Linear((c,), out_axes=("heads",), kernel_init=xavier, name="value_proj")
@@ -149,7 +151,7 @@ class DeformableAttention(nn.Module):
         # In pixels, and not by way of 0..1: fresh offsets are whole pixels, and stay it up to the last bit (see slope).
         center = jnp.asarray(reference * sizes - 0.5, jnp.float32)
         where = center[..., None, :, None, :] + offsets  # [N, Q, head, level, point, 2]
-        values = [by_token(value_proj, stack) for stack in values]
+        values = [stack.by(value_proj).maps for stack in values]
         with jax.named_scope("gather"):  # this stands for a gather: no FLOPs that the model needs
             out = self.sample(values, where, weights)
         proj = Linear((c,), ("heads",), ("embed",), kernel_init=xavier, name="output_proj")

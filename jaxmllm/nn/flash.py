@@ -23,6 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxmllm.nn.primitives import pad
+
 SAVED = "attention"  # checkpoint_name of the output and of the softmax's normalisers
 MASKED, NOTHING = -1e30, -7e29  # a score that is not seen, and the maximum of none: exp2 of their difference is 0
 CHUNK = 512  # keys, queries whose scores are one piece of work; chosen by the cycles the compiler schedules
@@ -98,12 +100,6 @@ def _backward(blocks, saved, dy):
 
 
 attend.defvjp(_forward, _backward)
-
-
-def pad(x: jax.Array, dimension: int, more: int, value: int = 0) -> jax.Array:
-    """x with `more` entries of `value` behind a dimension."""
-    widths = [(0, more if i == dimension % x.ndim else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value) if more else x
 
 
 def _call(kernel, blocks: Blocks, bound: jax.Array, arrays: tuple, ids: tuple | None) -> tuple:

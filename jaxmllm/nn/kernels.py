@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmllm import mesh
 from jaxmllm.nn import flash as flash_kernels
-from jaxmllm.nn.flash import pad
+from jaxmllm.nn.primitives import pad
 
 # Queries and keys in one block, the most; chosen by the cycles the TPU compiler schedules (docs/performance.md).
 MAX_BLOCK = 1024

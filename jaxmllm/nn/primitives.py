@@ -171,6 +171,12 @@ class Table(_Params):
         return self.weight("value", self.init, self.shape, (None,) * len(self.shape))
 
 
+def pad(x: jax.Array, dimension: int, more: int, value: int = 0) -> jax.Array:
+    """x with `more` entries of `value` behind a dimension."""
+    widths = [(0, more if i == dimension % x.ndim else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if more else x
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution function, in float32 as torch computes it. jax.nn.gelu's erfc takes longer."""
     y = x.astype(jnp.float32)

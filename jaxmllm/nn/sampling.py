@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from jaxmllm import mesh
-from jaxmllm.nn.flash import NT, TN, VMEM, dot, pad
+from jaxmllm.nn.flash import NT, TN, VMEM, dot
+from jaxmllm.nn.primitives import pad
 
 LANES, SUBLANES = 128, 8  # of a TPU's registers
 NN = (((1,), (0,)), ((), ()))  # a b

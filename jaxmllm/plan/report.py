@@ -144,10 +144,12 @@ def nearest(run: Run, each: Stage, topology: Topology, program: Program, say: Ca
         good = [f for f in factors if state + program.memory.scratch / f / tensor < program.memory.limit]
         tries += [[*remat, *split, f"{place}={each.accumulate * f}"] for f in good[:2]]
     for words in tries:
-        changed = override(run, words)
-        say(f"  does not fit; trying --set {' '.join(words)}")
+        changed, memory = override(run, words), program.memory
+        used = f"{memory.total / GIB:.1f} of {memory.limit / GIB:.1f} GiB"
+        say(f"  does not fit ({used}); trying --set {' '.join(words)}")
         stage_now = next(s for s in changed.stages if s.name == each.name)
-        if compile_stage(changed, stage_now, topology).fits:
+        program = compile_stage(changed, stage_now, topology)
+        if program.fits:
             return " ".join(words)
     return None
 
