@@ -11,14 +11,20 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmllm import mesh
+from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.nn import sampling
+from jaxmllm.train.state import flatten, unflatten
+from tests import visual_zoo as zoo
 from tests.conftest import ROOT, simulated
 
 NAN = pltpu.InterpretParams(uninitialized_memory="nan")  # a simulation of a TPU's memory
 
 
+on_chip = sampling.on_chip
+
+
 def kernel(*x, interpret=True):
-    return sampling.on_chip(*x, interpret=interpret)
+    return on_chip(*x, interpret=interpret)
 
 
 def example(sizes: list[tuple[int, int]], n=2, queries=150, heads=3, d=8, dtype=jnp.float32):
@@ -94,6 +100,29 @@ def test_kernels_in_bfloat16():
     wanted = both(sampling.plain, single, at, weights, g.astype(jnp.float32))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * float(jnp.abs(b).max()))
+
+
+def test_mmfuser_as_on_a_tpu(monkeypatch):
+    """With rows filled up to whole tiles and the kernels: maps of one size, and of several."""
+    fuser = MMFuser(heads=2)
+    for sizes in ([(5, 5)] * 3, [(3, 4), (3, 4), (6, 2), (5, 5)]):
+        rng = np.random.default_rng(0)
+        taps = [jnp.asarray(rng.normal(size=(2, *size, 16)).astype(np.float32)) for size in sizes]
+        taps = jnp.stack(taps) if len(sizes) == 3 else taps
+        shapes = flatten(jax.eval_shape(lambda x: fuser.init(jax.random.key(0), x)["params"], taps))
+        params = unflatten(zoo.random_like(shapes, 0))
+
+        def run(params, taps):
+            y, vjp = jax.vjp(lambda *x: fuser.apply({"params": x[0]}, x[1]).cells, params, taps)
+            return y, vjp(jnp.cos(y))
+
+        wanted = jax.jit(run)(params, taps)
+        with monkeypatch.context() as tpu:
+            tpu.setattr(mesh, "platform", lambda: "tpu")
+            tpu.setattr(sampling, "on_chip", kernel)
+            found = jax.jit(lambda *x: run(*x))(params, taps)
+        close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+        jax.tree.map(close, found, wanted)
 
 
 def images_and_heads_split() -> None:
