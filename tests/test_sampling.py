@@ -125,6 +125,13 @@ def test_mmfuser_as_on_a_tpu(monkeypatch):
         jax.tree.map(close, found, wanted)
 
 
+def test_what_the_kernels_hold():
+    """Maps of two heads of 64 channels and their gradients in bfloat16, twice, and float32 sums."""
+    clip = [jax.ShapeDtypeStruct((4, 8, 24, 24, 1024), jnp.bfloat16)]
+    assert sampling.held(clip, 16) == 4 * 24 * 24 * 128 * (2 * 2 + 2 * 2 + 4) < sampling.room()
+    assert sampling.held([jax.ShapeDtypeStruct((5, 8, 96, 96, 1024), jnp.bfloat16)], 16) > sampling.room()
+
+
 def images_and_heads_split() -> None:
     """On four devices: images over fsdp 2, heads over tensor 2; both forms."""
     values, at, weights, g = example([(5, 6), (5, 6), (4, 7)], 2, 40, 4, 8)

@@ -128,6 +128,7 @@ class DeformableAttention(nn.Module):
         float32[N, Q, head, level, point]).
         """
         n, count, c = query.shape
+        mesh.check_split("heads of DeformableAttention", (self.heads,), ("heads",))
         levels = [(v.w, v.h) for v in values for _ in v.x]
         shape = (self.heads, len(levels), self.points)
         xavier = nn.initializers.xavier_uniform()

@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from jaxmllm import mesh
-from jaxmllm.nn.flash import NT, TN, VMEM, dot
+from jaxmllm.nn.flash import NT, TN, dot
+from jaxmllm.nn.kernels import SMALL
 from jaxmllm.nn.primitives import pad
 
 LANES, SUBLANES = 128, 8  # of a TPU's registers
@@ -32,9 +33,9 @@ def sample(values: list[jax.Array], at: jax.Array, weights: jax.Array) -> jax.Ar
     values: [levels, N, h, w, C] each, whose sizes may differ; C is cut into heads. at float32[N, Q, head, level, point,
     2]: (x, y) in pixels of the level, a whole number being a pixel's middle; weights float32[N, Q, head, level, point].
     Levels are counted through all values. The matrix is made in float32 and rounded to the dtype of values; sums are
-    float32.
+    float32. A TPU's kernels hold all maps of a few heads on the chip; maps too large for that are left to XLA.
     """
-    if mesh.platform() == "tpu":
+    if mesh.platform() == "tpu" and held(values, at.shape[2]) < room():
         return on_chip(values, at, weights)
     return plain(values, at, weights)
 
@@ -84,20 +85,45 @@ class Blocks:
         return self.width * self.rows
 
 
+def together(heads: int, c: int) -> int:
+    """Heads of c channels in all that fill whole registers; all of them if they do not divide so."""
+    d = c // heads
+    count = math.lcm(d, LANES) // d
+    return heads if heads % count else count
+
+
+def cut(h: int, w: int) -> tuple[int, int, int]:
+    """(width, rows, pieces) of Blocks for maps up to h x w: equal pieces, with little padding."""
+    width = -(-w // SUBLANES) * SUBLANES
+    rows = math.ceil(h / math.ceil(h * width / PIECE))
+    rows += rows * width // SUBLANES % 2  # whole pairs of registers: 16 rows of bfloat16
+    return width, rows, math.ceil(h / rows)
+
+
+def held(values: list[jax.Array], heads: int) -> int:
+    """Bytes that the backward kernel keeps of maps and gradients: both twice, to be moved meanwhile, and sums."""
+    h, w, c = (max(v.shape[i] for v in values) for i in (2, 3, 4))
+    channels = c // heads * together(heads, c)
+    sizes = sum(map(len, values)) * math.prod(cut(h, w)) * -(-channels // LANES) * LANES
+    return sizes * (4 * values[0].dtype.itemsize + 4)
+
+
+def room() -> int:
+    """Bytes for `held` on the chips of the mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return 2**20 * (12 if device and device.device_kind in SMALL else 54)
+
+
 def on_chip(values, at, weights, interpret: bool | pltpu.InterpretParams = False) -> jax.Array:
     """`sample` by the TPU kernels, on each device's own images and heads. interpret: on a CPU, slowly."""
 
     def own(at, weights, *values):
         n, queries, heads, levels, points = weights.shape
         h, w, c = (max(v.shape[i] for v in values) for i in (2, 3, 4))
-        width = -(-w // SUBLANES) * SUBLANES
-        rows = math.ceil(h / math.ceil(h * width / PIECE))
-        rows += rows * width // SUBLANES % 2  # whole pairs of registers: 16 rows of bfloat16
-        together = math.lcm(c // heads, LANES) // (c // heads)
-        together = heads if heads % together else together
-        blocks = Blocks(together, width, rows, math.ceil(h / rows), queries, interpret)
+        blocks = Blocks(together(heads, c), *cut(h, w), queries, interpret)
         # A pixel of 0 is as good as none, so levels of different sizes are one array.
-        fit = lambda v: pad(pad(v, 2, blocks.pieces * rows - v.shape[2]), 3, width - v.shape[3])
+        rows, width = blocks.rows * blocks.pieces, blocks.width
+        fit = lambda v: pad(pad(v, 2, rows - v.shape[2]), 3, width - v.shape[3])
         maps = jnp.concatenate([fit(v) for v in values]).reshape(levels, n, -1, c)
         places = jnp.concatenate([at[..., 0], at[..., 1], weights], -1)  # [N, Q, head, level, 3 points]
         return _sample(blocks, maps, places.transpose(0, 2, 3, 4, 1))
@@ -150,7 +176,7 @@ def _call(kernel, blocks: Blocks, maps: jax.Array, places: jax.Array, *g: jax.Ar
         out_shape=results,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=room() + 2**22
         ),
         interpret=blocks.interpret,
         name=kernel.__name__.strip("_").replace("kernel", "sampling"),  # read by plan/kernels.py
