@@ -18,9 +18,7 @@ from tests import visual_zoo as zoo
 from tests.conftest import ROOT, simulated
 
 NAN = pltpu.InterpretParams(uninitialized_memory="nan")  # a simulation of a TPU's memory
-
-
-on_chip = sampling.on_chip
+on_chip = sampling.on_chip  # a test below puts `kernel` in its place
 
 
 def kernel(*x, interpret=True):

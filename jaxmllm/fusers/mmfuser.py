@@ -122,7 +122,8 @@ class DeformableAttention(nn.Module):
 
     @nn.compact
     def attend(self, query: jax.Array, reference: jax.Array, values: list[Tokens]):
-        """query [N, Q, C]; reference (x, y) in 0..1, [Q, 2] or [N, Q, levels, 2]; values: levels, by size.
+        """query [N, Q, C]; reference (x, y) in 0..1, [Q, 2] or [N, Q, levels, 2]; values: the levels, those
+        of one size together.
 
         Returns (output [N, Q, C], sampling locations float32[N, Q, head, level, point, 2] in 0..1, attention weights
         float32[N, Q, head, level, point]).
@@ -149,7 +150,8 @@ class DeformableAttention(nn.Module):
         weights = weights / weights.sum((-2, -1), keepdims=True)
         reference = reference[:, None] if reference.ndim == 2 else reference
         sizes = np.array(levels, np.float64)
-        # In pixels, and not by way of 0..1: fresh offsets are whole pixels, and stay it up to the last bit (see slope).
+        # In pixels, and not by way of 0..1: fresh offsets are whole pixels, and stay it up to the last bit (see
+        # sampling.slope).
         center = jnp.asarray(reference * sizes - 0.5, jnp.float32)
         where = center[..., None, :, None, :] + offsets  # [N, Q, head, level, point, 2]
         values = [stack.by(value_proj).maps for stack in values]

@@ -183,7 +183,7 @@ def _call(kernel, blocks: Blocks, maps: jax.Array, places: jax.Array, *g: jax.Ar
     )(maps, places, *g)
 
 
-def _cut(x: jax.Array, count: jax.Array, axis: int) -> jax.Array:
+def _blank(x: jax.Array, count: jax.Array, axis: int) -> jax.Array:
     """x with 0 behind the first `count`: what was not written may be NaN."""
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < count, x, 0)
 
@@ -208,7 +208,7 @@ def _forward_kernel(blocks, maps_ref, places_ref, out_ref, by_row, total):
     d, count = total.shape[0] // blocks.heads, blocks.queries - pl.program_id(2) * LANES
 
     def level(i, _, head):
-        x, y, weight = jnp.split(_cut(places_ref[head, i], count, 1), 3)
+        x, y, weight = jnp.split(_blank(places_ref[head, i], count, 1), 3)
         by_row[...] = hat(_distances(by_row.shape[1], y))
         columns, own = hat(_distances(blocks.width, x)) * weight[:, None], slice(head * d, (head + 1) * d)
 
@@ -228,14 +228,14 @@ def _backward_kernel(blocks, maps_ref, places_ref, g_ref, d_maps_ref, d_places_r
     by_row, slope_by_row, sums, slope_sums, d_maps = scratch
     d, points = g_ref.shape[1] // blocks.heads, by_row.shape[0]
     count = blocks.queries - pl.program_id(2) * LANES
-    g = _cut(g_ref[...], count, 0)
+    g = _blank(g_ref[...], count, 0)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_maps[...] = jnp.zeros_like(d_maps)
 
     def level(i, _, head):
-        x, y, weight = jnp.split(_cut(places_ref[head, i], count, 1), 3)
+        x, y, weight = jnp.split(_blank(places_ref[head, i], count, 1), 3)
         down, across = _distances(by_row.shape[1], y), _distances(blocks.width, x)
         by_row[...], slope_by_row[...] = hat(down), slope(down)
         columns, own = hat(across) * weight[:, None], slice(head * d, (head + 1) * d)
