@@ -17,7 +17,7 @@ from jaxmllm.encoders.presets import cambrian, clip_l_336, dinov2_l
 from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms import presets
-from jaxmllm.llms.decoder import Inserts
+from jaxmllm.llms.inserts import Inserts
 from jaxmllm.mllm import MLLM
 
 WIDTH, GRID = 1024, 24

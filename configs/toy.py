@@ -14,7 +14,8 @@ from jaxmllm.data.templates import TOY
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
-from jaxmllm.llms.decoder import Decoder, Inserts
+from jaxmllm.llms.decoder import Decoder
+from jaxmllm.llms.inserts import Inserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
 

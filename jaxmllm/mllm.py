@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxmllm import mesh
 from jaxmllm.batch import Batch, MapShape, Term, TokenLayout, Visual, VisualLayout
-from jaxmllm.llms.decoder import place_visual
+from jaxmllm.llms.inserts import place_visual
 from jaxmllm.objectives.next_token import IGNORE, next_token
 
 
@@ -122,7 +122,8 @@ class MLLM(nn.Module):
         with jax.named_scope("llm"):
             x = self.llm.embed(batch.tokens)
             if visual is not None:
-                x = place_visual(x, block, batch.visual_index)
+                places = mesh.reshape(batch.visual_positions, *block.shape[:2])
+                x = place_visual(x, block, places, batch.visual_index)
                 visual = visual if visual.memory is not None else None
             return self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
 

@@ -56,7 +56,7 @@ def key(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 def stacked(path: str) -> int:
     """Leading dimensions of a parameter that count layers."""
-    return ("/layers/" in path) + ("/groups/" in path)
+    return int("/layers/" in path)
 
 
 def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from jaxmllm.batch import Batch
 from jaxmllm.data.images import padding
 from jaxmllm.data.samples import image_places
 from jaxmllm.fusers.single import Single
-from jaxmllm.llms.decoder import Inserts
+from jaxmllm.llms.inserts import Inserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.next_token import IGNORE
 from jaxmllm.train.state import unflatten
@@ -80,8 +80,7 @@ def cambrian_full(case: Case) -> Check:
     }
     for name, encoder in layout.encoders.items():
         batch.padding[name][:, 0] = [padding(*size, encoder.grid) for size in sizes]
-    groups = model.llm.parts[1]
-    taps = tuple(i + 1 for i in after[:groups])
+    taps = tuple(i + 1 for i in after if i + 1 < model.llm.layers)
 
     def with_maps(x) -> Batch:
         sides = {name: encoder.grid for name, encoder in layout.encoders.items()}
@@ -93,20 +92,24 @@ def cambrian_full(case: Case) -> Check:
     def forward(params, x):
         tree, last_query = unflatten(params), []
 
-        def spy(call, args, kwargs, context):  # an SVA layer behind the groups is outside of any scan
+        def spy(call, args, kwargs, context):
             here = context.module.path, context.method_name
-            if here == (("llm", "tail", "insert", "layer"), "__call__"):
+            if here == (("llm", "norm"), "__call__"):
                 last_query.append(args[0])
             return call(*args, **kwargs)
 
         def connector(module, _):
             return module.path[:1] == ("aggregator",) and len(module.path) == 2
 
-        with nn.intercept_methods(spy):
-            found, seen = model.apply(
-                {"params": tree}, with_maps(x), keys, taps, method=through,
-                capture_intermediates=connector, mutable=["intermediates"],
-            )  # fmt: skip
+        found, seen = model.apply(
+            {"params": tree}, with_maps(x), keys, taps, method=through,
+            capture_intermediates=connector, mutable=["intermediates"],
+        )  # fmt: skip
+        if len(taps) < len(after):  # what an SVA layer behind the last layer sees: there without it
+            fewer = dataclasses.replace(model.llm.inserts, count=len(taps))
+            with nn.intercept_methods(spy):
+                without = model.clone(llm=model.llm.clone(inserts=fewer))
+                without.apply({"params": tree}, with_maps(x), keys, (), method=through)
         seen = {name: value["__call__"][0] for name, value in seen["intermediates"]["aggregator"].items()}
         outputs = {"loss": found["loss"], "image_tokens": seen["projector"]}
         for g in range(len(c["query_group_sides"])):
@@ -114,10 +117,11 @@ def cambrian_full(case: Case) -> Check:
 
         where = batch.visual_positions[:, 0].reshape(*patches.shape[:2], -1)[:, :, :-1]
         rows = np.arange(len(ids))[:, None, None]
-        queries = [found["tapped"][i][rows, np.maximum(where, 0)] for i in taps] + last_query
-        for j, query in enumerate(queries):
-            group = tree["llm"]["tail"] if j == groups else pick(tree["llm"]["groups"], j)
-            update = layer.apply({"params": group["insert"]["layer"]}, query, found["visual"].memory)
+        states = [found["tapped"][i] for i in taps] + last_query
+        for j, state in enumerate(states):
+            query = state[rows, np.maximum(where, 0)]
+            weights = pick(tree["llm"]["visual"]["layers"]["insert"], j)
+            update = layer.apply({"params": weights}, query, found["visual"].memory)
             for name, grid in (("query", query), ("output", update)):
                 if c["path"] != "train":  # the rows and columns that are kept
                     grid = grid[patches].reshape(len(ids), *fixed["unpadded_grid"][0], -1)

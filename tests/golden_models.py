@@ -8,7 +8,8 @@ import numpy as np
 from flax import linen as nn
 
 from jaxmllm.batch import Batch, EncoderInput, MapShape, VisualLayout, empty_batch
-from jaxmllm.llms.decoder import Decoder, place_visual
+from jaxmllm.llms.decoder import Decoder
+from jaxmllm.llms.inserts import place_visual
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.next_token import IGNORE, next_token
 from tests.golden_case import Case
@@ -47,7 +48,8 @@ def through(model: MLLM, batch: Batch, keys: jax.Array, taps: tuple[int, ...]) -
     (MLLM.hidden gives padding no such vectors, and VisPer-LM's predictors look at what becomes of them.)
     """
     block, visual = model.visual(batch)
-    x = place_visual(model.llm.embed(batch.tokens), block, batch.visual_index) * (keys > 0)[..., None]
+    places = batch.visual_positions.reshape(len(block), -1), batch.visual_index
+    x = place_visual(model.llm.embed(batch.tokens), block, *places) * (keys > 0)[..., None]
     segments = (jnp.ones_like(keys), keys)
     memory = visual if visual.memory is not None else None
     states, tapped, _ = model.llm(x, batch.positions, segments, memory, taps)

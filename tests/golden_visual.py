@@ -13,7 +13,7 @@ from jaxmllm.aggregators.mlp import Projector
 from jaxmllm.aggregators.mof import InterleavedMoF
 from jaxmllm.batch import FeatureMap, TokenLayout, VisualLayout
 from jaxmllm.fusers.dense_connector import STI, dci, sci
-from jaxmllm.llms.decoder import place_visual
+from jaxmllm.llms.inserts import place_visual
 from jaxmllm.nn.primitives import Embed
 from jaxmllm.train.state import unflatten
 from jaxmllm.weights import tables
@@ -65,9 +65,9 @@ class Spliced(nn.Module):
     aggregator: nn.Module
     embedding: nn.Module
 
-    def __call__(self, maps: dict, tokens: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, maps: dict, tokens: jax.Array, *places: jax.Array) -> tuple[jax.Array, jax.Array]:
         image = self.aggregator({name: FeatureMap(x) for name, x in maps.items()}, {}).tokens
-        return image, place_visual(self.embedding(tokens), image, index)
+        return image, place_visual(self.embedding(tokens), image, *places)
 
 
 def mof_interleaved(case: Case) -> Check:
@@ -94,7 +94,7 @@ def mof_interleaved(case: Case) -> Check:
 
     def args(x):
         maps = {name: x[key].reshape(len(ids), *grid, -1) for name, key in names.items()}
-        return maps, jnp.asarray(batch.tokens), jnp.asarray(batch.visual_index)
+        return maps, *map(jnp.asarray, (batch.tokens, batch.visual_positions[:, 0], batch.visual_index))
 
     def forward(params, x):
         image, embeds = module.apply({"params": unflatten(params)}, *args(x))

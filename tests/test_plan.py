@@ -219,7 +219,7 @@ def test_programs_that_cannot_be_read_say_so():
     [
         ("jit(step)/jvp(MLLM)/MLLM.hidden/MLLM.visual/encoder_clip/blocks/while/body/add", "encoder_clip", "forward"),
         (
-            "jit(step)/transpose(jvp(MLLM))/MLLM.hidden/llm/llm/groups/while/body/insert/layer/mul",
+            "jit(step)/transpose(jvp(MLLM))/MLLM.hidden/llm/llm/layers/while/body/insert/1_of_4/cond/branch_1_fun/mul",
             "llm_insert",
             "backward",
         ),

@@ -26,7 +26,8 @@ from jaxmllm.fusers.fpn import FPN
 from jaxmllm.fusers.level_attention import GlobalAttention
 from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
-from jaxmllm.llms.decoder import Decoder, Inserts
+from jaxmllm.llms.decoder import Decoder
+from jaxmllm.llms.inserts import Inserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.nn.maps import Tokens
 from jaxmllm.objectives.embed_distill import EmbedDistill

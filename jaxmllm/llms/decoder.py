@@ -1,38 +1,21 @@
 """A Llama-style decoder: RMSNorm, rotary grouped-query attention, SwiGLU, tied or untied head.
 
-With `inserts`, a layer that looks at the image runs after decoder layers start, start + stride, ... (0-based), on the
-patch tokens only (Cambrian-1's in-LLM SVA). Layers then lie in three parts, so that everything is scanned:
-
-    head     layers 0 .. start
-    groups   insert, then `stride` layers, as often as that goes      parameters have leading [groups, ...]
-    tail     the insert that may be left, then the layers that are left
-
-Without inserts there is only the head. `layer_path` says where layer i is stored.
+With `inserts`, a layer that looks at the image follows some decoder layers (inserts.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
 from jaxmllm.batch import Visual
+from jaxmllm.llms.inserts import Inserts, VisualLayers
 from jaxmllm.nn.attention import Attention
 from jaxmllm.nn.primitives import MLP, Embed, Norm
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
-
-
-@dataclasses.dataclass(frozen=True)
-class Inserts:
-    """After which decoder layers the visual layer runs: start + stride * j for j < count."""
-
-    start: int
-    stride: int
-    count: int
 
 
 class DecoderBlock(nn.Module):
@@ -66,52 +49,6 @@ class DecoderBlock(nn.Module):
         return x + mlp(Norm("rms", self.eps, name="norm2")(x)), cache
 
 
-class PatchUpdate(nn.Module):
-    """Runs `insert` on the patch tokens of x [B, S, H] and puts them back; no other token changes."""
-
-    insert: nn.Module
-
-    @nn.compact
-    def __call__(self, x: jax.Array, visual: Visual) -> jax.Array:
-        b, slots, block = visual.positions.shape
-        h, grid, columns = x.shape[-1], visual.grid, visual.columns
-        places = jnp.maximum(mesh.reshape(visual.positions, b, slots * block), 0)
-        tokens = mesh.reshape(mesh.take_rows(x, places), b * slots, block, h)
-        patches = mesh.reshape(tokens[:, : grid * columns], b * slots, grid, columns, h)
-        updated = self.insert.copy(name="layer")(patches[:, :, :grid], visual.memory)
-        patches = jnp.concatenate([updated, patches[:, :, grid:]], 2)
-        patches = mesh.reshape(patches, b * slots, grid * columns, h)
-        tokens = jnp.concatenate([patches, tokens[:, grid * columns :]], 1)
-        return place_visual(x, mesh.reshape(tokens, b, slots * block, h), visual.index)
-
-
-def place_visual(x: jax.Array, tokens: jax.Array, index: jax.Array) -> jax.Array:
-    """Replaces x[b, s] by tokens[b, index[b, s]] wherever index >= 0. x [B, S, H], tokens [B, I*T, H]."""
-    placed = mesh.take_rows(tokens.astype(x.dtype), jnp.maximum(index, 0))
-    placed = mesh.shard(placed, *mesh.batch_names(3, length=True))
-    return jnp.where(index[..., None] >= 0, placed, x)
-
-
-class VisualGroup(nn.Module):
-    """The visual layer on the patch tokens (skipped without `visual`), then a stack of decoder blocks."""
-
-    insert: nn.Module
-    block: nn.Module
-    length: int
-    remat: str
-    unroll: int | bool
-
-    @nn.compact
-    def __call__(self, carry, layer, visual, broadcast):
-        (x, taps), (slots, cache) = carry, layer
-        if visual is not None:
-            update = PatchUpdate if self.remat == "none" else nn.remat(PatchUpdate, prevent_cse=False)
-            x = update(self.insert, name="insert")(x, visual)
-        stack = Stack(self.block, self.length, self.remat, self.unroll, name="blocks")
-        x, taps, cache = stack(x, taps, slots, cache, *broadcast)
-        return (x, taps), cache
-
-
 class Decoder(nn.Module):
     """Decoder-only language model on embedded tokens.
 
@@ -142,24 +79,6 @@ class Decoder(nn.Module):
         if self.inserts and self.inserts.start + self.inserts.stride * (self.inserts.count - 1) >= self.layers:
             raise ValueError(f"Decoder: {self.inserts} reaches past the last of {self.layers} layers")
 
-    @property
-    def parts(self) -> tuple[int, int, int, int]:
-        """Layers in the head, number of groups, layers per group, layers in the tail."""
-        if not self.inserts:
-            return self.layers, 0, 0, 0
-        head, stride = self.inserts.start + 1, self.inserts.stride
-        groups = min(self.inserts.count, (self.layers - head) // stride)
-        return head, groups, stride, self.layers - head - groups * stride
-
-    def layer_path(self, i: int) -> tuple[str, tuple[int, ...]]:
-        """Where decoder layer i (0-based) is stored: path of the stacked parameters, index into them."""
-        head, groups, stride, _ = self.parts
-        if i < head:
-            return "head/layers/block", (i,)
-        if i < head + groups * stride:
-            return "groups/blocks/layers/block", divmod(i - head, stride)
-        return "tail/blocks/layers/block", (i - head - groups * stride,)
-
     def setup(self):
         block = DecoderBlock(
             self.heads,
@@ -170,19 +89,10 @@ class Decoder(nn.Module):
             self.eps,
             self.qkv_bias,
         )
-        head, groups, stride, tail = self.parts
         self.embedding = Embed(self.vocab, self.width)
-        self.head = Stack(block, head, self.remat, self.unroll)
-        if groups:
-            self.groups = nn.scan(
-                VisualGroup,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
-                length=groups,
-            )(self.insert, block, stride, self.remat, self.unroll)
+        self.blocks = Stack(block, self.layers, self.remat, self.unroll)
         if self.inserts:
-            self.tail = VisualGroup(self.insert, block, tail, self.remat, self.unroll)
+            self.visual = VisualLayers(self.insert, self.inserts, self.layers, self.remat != "none")
         self.norm = Norm("rms", self.eps)
         if not self.tied:
             self.lm_head = Embed(self.vocab, self.width)
@@ -206,41 +116,19 @@ class Decoder(nn.Module):
         cache_index: jax.Array | int = 0,
     ) -> tuple[jax.Array, dict[int, jax.Array], Any]:
         """x [B, S, H] embedded; positions, segments int32[B, S] -> (normed states [B, S, H], taps, cache)."""
-        head, groups, stride, tail = self.parts
         wanted = tuple(t for t in taps if t != self.layers)
-        buffer, broadcast = empty_taps(x, len(wanted)), (positions, segments, cache_index)
-        new = {}
-        caches = cache or dict.fromkeys(("head", "groups", "tail"))
-        x, buffer, new["head"] = self.head(x, buffer, tap_slots(wanted, 1, head), caches["head"], *broadcast)
-        carry = (x, buffer)
-        if groups:
-            slots = tap_slots(wanted, 1 + head, groups * stride).reshape(groups, stride)
-            carry, new["groups"] = self.groups(carry, (jnp.asarray(slots), caches["groups"]), visual, broadcast)
-        if self.inserts:
-            slots = tap_slots(wanted, 1 + head + groups * stride, tail)
-            left = visual if groups < self.inserts.count else None
-            carry, new["tail"] = self.tail(carry, (slots, caches["tail"]), left, broadcast)
-        x, buffer = carry
+        slots, buffer = tap_slots(wanted, 1, self.layers), empty_taps(x, len(wanted))
+        after = self.visual(x, visual) if self.inserts and visual is not None else None
+        x, buffer, cache = self.blocks(x, buffer, slots, cache, positions, segments, cache_index, after=after)
         x = self.norm(x)
-        out = {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}
-        return x, out, new if cache else None
+        return x, {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}, cache
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> dict:
-        """A key-value cache of `length` slots per row, all empty."""
-        head, groups, stride, tail = self.parts
+        """A key-value cache of `length` slots per row, all empty; every array has a leading layer dimension."""
         dim = self.head_dim or self.width // self.heads
-
-        def part(*lead):
-            kv = (*lead, batch, length, self.kv_heads, dim)
-            return {
-                "k": jnp.zeros(kv, dtype),
-                "v": jnp.zeros(kv, dtype),
-                "segments": jnp.zeros((*lead, batch, length), jnp.int32),
-            }
-
-        cache = {"head": part(head)}
-        if groups:
-            cache["groups"] = part(groups, stride)
-        if self.inserts:
-            cache["tail"] = part(tail)
-        return cache
+        lead = self.layers, batch, length
+        return {
+            "k": jnp.zeros((*lead, self.kv_heads, dim), dtype),
+            "v": jnp.zeros((*lead, self.kv_heads, dim), dtype),
+            "segments": jnp.zeros(lead, jnp.int32),
+        }

@@ -6,6 +6,7 @@ A tap leaves the scan in a fixed buffer in the carry, so the other layers' outpu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,12 +27,18 @@ REMAT = {
 
 class _Layer(nn.Module):
     block: nn.Module
+    remat: str
+    after: Callable | None
 
     @nn.compact
     def __call__(self, carry, layer, broadcast):
-        (x, taps), (slot, cache) = carry, layer
-        x, cache = self.block.copy(name="block")(x, cache, *broadcast)
-        return (x, put(taps, slot, x)), cache
+        (x, taps), (number, slot, cache) = carry, layer
+        run = lambda block, *inputs: block(*inputs)
+        if REMAT[self.remat] is not None:
+            run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=False)
+        x, cache = run(self.block.copy(name="block"), x, cache, *broadcast)
+        taps = put(taps, slot, x)
+        return (self.after(x, number) if self.after else x, taps), cache
 
 
 def put(taps: jax.Array, slot: Any, x: jax.Array) -> jax.Array:
@@ -71,21 +78,21 @@ class Stack(nn.Module):
             raise ValueError(f"remat: there is no policy {self.remat!r}; known: {', '.join(REMAT)}")
 
     @nn.compact
-    def __call__(self, x, taps, slots, cache, *broadcast):
+    def __call__(self, x, taps, slots, cache, *broadcast, after: Callable | None = None):
         """x [B, S, H]; taps from empty_taps; slots int32[length] from tap_slots; cache: pytree with leading
-        dimension `length`, or None. Returns (x, taps, cache)."""
+        dimension `length`, or None; after(x, i) -> x: what follows layer i (0-based) and its tap, and is not computed
+        again with it. Returns (x, taps, cache)."""
         if not self.length:
             return x, taps, cache
-        layer = _Layer
-        if REMAT[self.remat] is not None:
-            layer = nn.remat(layer, policy=REMAT[self.remat], prevent_cse=False)
         scan = nn.scan(
-            layer,
+            _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=((0, 0 if cache is not None else nn.broadcast), nn.broadcast),
+            in_axes=((0, 0, 0 if cache is not None else nn.broadcast), nn.broadcast),
             length=self.length,
             unroll=self.length if self.unroll is True else self.unroll,
         )
-        (x, taps), cache = scan(self.block, name="layers")((x, taps), (jnp.asarray(slots), cache), broadcast)
+        layers = scan(self.block, self.remat, after, name="layers")
+        each = jnp.arange(self.length), jnp.asarray(slots), cache
+        (x, taps), cache = layers((x, taps), each, broadcast)
         return x, taps, cache

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxmllm.config import Run, Stage
 from jaxmllm.mesh import AXES
+from jaxmllm.plan.hlo import share
 from jaxmllm.plan.timeline import stage as stage_of
 from jaxmllm.train.setup import abstract_batch, stage_program
 from jaxmllm.train.state import match_rules, unflatten
@@ -72,10 +73,10 @@ def count(jaxpr: core.Jaxpr, flags: list[bool], times: float, path: str, found: 
                 inputs[first : first + carry] = joined
             count(inner, inputs, times * eqn.params["length"], here, found)
         elif name == "cond":
-            branches = []
+            branches, runs = [], times * share(here)
             for branch in eqn.params["branches"]:
                 part: Counter = Counter()
-                outputs = [a or b for a, b in zip(outputs, count(branch.jaxpr, inputs[1:], times, here, part))]
+                outputs = [a or b for a, b in zip(outputs, count(branch.jaxpr, inputs[1:], runs, here, part))]
                 branches.append(part)
             found.update(max(branches, key=lambda part: sum(part.values())))
         elif inner := inner_jaxpr(eqn):

@@ -97,8 +97,9 @@ class Module:
         parts = list(self.computations[name].values()) if name else []
         return [inner for part in parts for inner in (part, *self.inside(part))]
 
-    def calls(self, each: Instruction, computation: Computation) -> list[tuple[str, int]]:
-        """(computation, how often) that a while, call or conditional runs; of a conditional's branches the longest."""
+    def calls(self, each: Instruction, computation: Computation) -> list[tuple[str, float]]:
+        """(computation, how often) that a while, call or conditional runs. Of a conditional's branches the longest has
+        the share of the runs that a scope like "10_of_32" around it says, else all."""
         if each.opcode == "while":
             return [(each.called("body"), self.trips(each, computation))]
         if each.opcode == "call":
@@ -107,7 +108,8 @@ class Module:
             names = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", each.attributes)
             braces = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
             names += re.findall(r"%?([\w.\-]+)", braces[1]) if braces else []
-            return [(max(names, key=lambda n: len(self.computations[n])), 1)]
+            longest, runs = max(names, key=lambda n: len(self.computations[n])), share(each.op_name)
+            return [(longest, runs), *((n, 1 - runs) for n in names if n != longest and runs < 1)]
         return []
 
     def path(self, instruction: Instruction, computation: Computation, depth: int = 8) -> str:
@@ -139,6 +141,12 @@ class Module:
         step = next((n for n in map(lambda o: constant(body, o), result.operands) if n is not None), 1)
         span = limit - start + (step > 0) * (direction[1] == "LE") - (step < 0) * (direction[1] == "GE")
         return max(0, math.ceil(span / step))
+
+
+def share(path: str) -> float:
+    """10/32 for an op_name or name stack with a scope "10_of_32", else 1."""
+    found = re.search(r"\b(\d+)_of_(\d+)\b", path)
+    return int(found[1]) / int(found[2]) if found else 1.0
 
 
 def self_count(loop: Instruction) -> int | None:

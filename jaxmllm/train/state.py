@@ -1,4 +1,4 @@
-"""The training state: plain dicts of arrays keyed by parameter path ("llm/head/layers/block/mlp/up/kernel")."""
+"""The training state: plain dicts of arrays keyed by parameter path ("llm/blocks/layers/block/mlp/up/kernel")."""
 
 from __future__ import annotations
 

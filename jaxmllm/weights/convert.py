@@ -1,4 +1,4 @@
-"""Foreign state dicts <-> our flat parameters {"llm/head/layers/block/attn/q/kernel": array}.
+"""Foreign state dicts <-> our flat parameters {"llm/blocks/layers/block/attn/q/kernel": array}.
 
 A table is a list of entries, each saying where one foreign tensor lives here. Plain functions build it from
 the sizes of a module (tables.py), so every name is known before anything is read: what is missing, surplus or

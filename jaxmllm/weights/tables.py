@@ -43,8 +43,7 @@ def _causal_lm(decoder: Decoder, block: Table) -> Table:
     block += ignore(r"self_attn\.rotary_emb\.inv_freq")  # a constant that old checkpoints hold
     table = copy("model.embed_tokens.weight", "embedding/embedding") + norm("model.norm", "norm", bias=False)
     for i in range(decoder.layers):
-        path, index = decoder.layer_path(i)
-        table += block.under(f"model.layers.{i}.", f"{path}/", index)
+        table += block.under(f"model.layers.{i}.", "blocks/layers/block/", (i,))
     return table + (ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding"))
 
 
@@ -142,10 +141,8 @@ def cambrian(model: MLLM) -> Table:
     table = llama(model.llm).under("", "llm/") + sva(model.aggregator, grids).under("model.", "aggregator/")
     if model.llm.inserts:
         layer = sva_layer([grid // model.aggregator.grid for grid in grids.values()])
-        groups = model.llm.parts[1]
         for j in range(model.llm.inserts.count):
-            path, index = ("groups", (j,)) if j < groups else ("tail", ())
-            table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", f"llm/{path}/insert/layer/", index)
+            table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", "llm/visual/layers/insert/", (j,))
     return table
 
 

@@ -1,0 +1,184 @@
+"""Layers that look at the image inside the language model, on the patch tokens only (Cambrian-1's in-LLM SVA).
+
+One of them follows decoder layers start, start + stride, ... Decoder layers stay one scan, in each turn of which
+`lax.cond` then runs a visual layer or nothing. Scans of scans, a group of layers a turn, would hold and copy twice what
+the backward pass needs: 200 of 1,335 million cycles and 2.4 GB of Llama-3-8B on a v6e (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmllm import mesh
+from jaxmllm.batch import Memory, Visual
+
+
+@dataclasses.dataclass(frozen=True)
+class Inserts:
+    """After which decoder layers the visual layer runs: start + stride * j for j < count."""
+
+    start: int
+    stride: int
+    count: int
+
+
+def take_visual(x: jax.Array, positions: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, S, H] at int32[B, N] positions -> [B, N, H], 0 where a position is -1.
+
+    index int32[B, S] is the inverse of positions: no token is taken twice, so that its gradient is looked up as well,
+    where jax.grad would sort and add.
+    """
+    return _take(mesh.shard(x, *ROW), mesh.shard(positions, *BLOCK[:2]), mesh.shard(index, *ROW[:2]))
+
+
+def place_visual(x: jax.Array, tokens: jax.Array, positions: jax.Array, index: jax.Array) -> jax.Array:
+    """Replaces x[b, s] by tokens[b, index[b, s]] wherever index >= 0. x [B, S, H], tokens [B, N, H]; int32[B, N]
+    positions and int32[B, S] index are each other's inverse, -1 for none."""
+    tokens = mesh.shard(tokens.astype(x.dtype), *BLOCK)
+    return _place(mesh.shard(x, *ROW), tokens, mesh.shard(positions, *BLOCK[:2]), mesh.shard(index, *ROW[:2]))
+
+
+ROW, BLOCK = ("batch", "length", None), ("batch", None, None)  # of tokens of a row, of visual ones
+
+
+def _look_up(x: jax.Array, index: jax.Array, other: jax.Array | float, names: tuple) -> jax.Array:
+    """x[b, index[b, m]], or `other` where index is -1."""
+    return jnp.where(index[..., None] >= 0, mesh.shard(mesh.take_rows(x, jnp.maximum(index, 0)), *names), other)
+
+
+@jax.custom_vjp
+def _take(x, positions, index):
+    return _look_up(x, positions, 0, BLOCK)
+
+
+@jax.custom_vjp
+def _place(x, tokens, positions, index):
+    return _look_up(tokens, index, x, ROW)
+
+
+def _take_backward(index, d_taken):
+    return _look_up(d_taken, index, 0, ROW), None, None
+
+
+def _place_backward(places, dy):
+    positions, index = places
+    return jnp.where(index[..., None] >= 0, 0, dy), _look_up(dy, positions, 0, BLOCK), None, None
+
+
+_take.defvjp(lambda x, *places: (_take(x, *places), places[1]), _take_backward)
+_place.defvjp(lambda x, tokens, *places: (_place(x, tokens, *places), places), _place_backward)
+
+
+class _Layer(nn.Module):
+    insert: nn.Module
+
+    @nn.compact
+    def __call__(self, patches, memory):
+        return self.insert.copy(name="insert")(patches, memory), None
+
+
+class VisualLayers(nn.Module):
+    """All visual layers of a decoder of `layers` layers. again: their work is done again in the backward pass, which
+    then finds the patches before it and nothing else saved."""
+
+    insert: nn.Module
+    inserts: Inserts
+    layers: int
+    again: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, visual: Visual) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """-> f(x [B, S, H], i int32[]) -> x behind decoder layer i (0-based), its patch tokens updated if a visual
+        layer follows that one."""
+        (b, slots, _), grid = visual.positions.shape, visual.grid
+        shape = (b, slots * grid**2, x.shape[-1])
+        stack = nn.scan(
+            _Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.inserts.count,
+        )(self.insert, name="layers")
+        if self.is_initializing():
+            stack(unfold(mesh.shard(jnp.zeros(shape, x.dtype), "batch", None, None), grid), visual.memory)
+        stacked = self.get_variable("params", "layers")["insert"]
+        places = patch_places(visual)
+
+        insert = self.insert.clone(parent=None)
+
+        def layer(weights, patches, memory):
+            return mesh.reshape(insert.apply({"params": weights}, unfold(patches, grid), memory), *shape)
+
+        def after(x, i):
+            j, left = jnp.divmod(i - self.inserts.start, self.inserts.stride)
+            here = (left == 0) & (j >= 0) & (j < self.inserts.count)
+            pick = functools.partial(jax.lax.dynamic_index_in_dim, index=jnp.maximum(j, 0), keepdims=False)
+            update = again if self.again else sometimes
+            # A plan reads how often of how many times: plan/hlo.py, plan/flops.py.
+            with jax.named_scope("insert"), jax.named_scope(f"{self.inserts.count}_of_{self.layers}"):
+                return update(layer, here, jax.tree.map(pick, stacked), x, visual.memory, *places)
+
+        return after
+
+
+def unfold(patches: jax.Array, grid: int) -> jax.Array:
+    """[B, I * L * L, H] -> [B * I, L, L, H]."""
+    b, count, h = patches.shape
+    return mesh.reshape(patches, b * count // grid**2, grid, grid, h)
+
+
+def patch_places(visual: Visual) -> tuple[jax.Array, jax.Array]:
+    """positions int32[B, I * L * L] of the patches in a row, newlines left out, and the inverse, int32[B, S]."""
+    (b, slots, block), grid, columns = visual.positions.shape, visual.grid, visual.columns
+    positions = mesh.reshape(visual.positions[..., : grid * columns], b, slots, grid, columns)
+    slot, token = jnp.divmod(visual.index, block)
+    row, column = jnp.divmod(token, columns)
+    patch = (visual.index >= 0) & (row < grid) & (column < grid)
+    index = jnp.where(patch, (slot * grid + row) * grid + column, -1)
+    return mesh.reshape(positions[..., :grid], b, slots * grid**2), index
+
+
+def sometimes(layer: Callable, here: jax.Array, weights, x: jax.Array, memory: Memory, *places: jax.Array) -> jax.Array:
+    """x with layer(weights, patches, memory) in place of its patches if `here`, else x."""
+    return jax.lax.cond(
+        here, lambda: place_visual(x, layer(weights, take_visual(x, *places), memory), *places), lambda: x
+    )
+
+
+def _forward(layer, here, weights, x, memory, *places):
+    def update():
+        patches = take_visual(x, *places)
+        return place_visual(x, layer(weights, patches, memory), *places), patches
+
+    count = places[0].shape[1]
+    none = mesh.shard(jnp.zeros((x.shape[0], count, x.shape[2]), x.dtype), "batch", None, None)
+    y, patches = jax.lax.cond(here, update, lambda: (x, none))
+    return y, (here, weights, patches, memory, places)
+
+
+def _backward(layer, saved, dy):
+    here, weights, patches, memory, places = saved
+
+    def run(weights, patches, windows, context):
+        return layer(weights, patches, dataclasses.replace(memory, windows=windows, context=context))
+
+    def update():
+        _, back = jax.vjp(run, *inputs)
+        d_weights, d_patches, *d_memory = back(take_visual(dy, *places))
+        return place_visual(dy, d_patches, *places), d_weights, *d_memory
+
+    inputs = weights, patches, memory.windows, memory.context
+    dx, d_weights, windows, context = jax.lax.cond(
+        here, update, lambda: (dy, *jax.tree.map(jnp.zeros_like, (weights, memory.windows, memory.context)))
+    )
+    return None, d_weights, dx, Memory(windows, None, context), None, None
+
+
+again = jax.custom_vjp(sometimes, nondiff_argnums=(0,))
+again.defvjp(_forward, _backward)
