@@ -125,7 +125,7 @@ def summed_in_blocks(found: list[Crossing], name: str) -> tuple[int, int, int]:
     the repeated one and the backward pass."""
     counts = dict.fromkeys(("forward", "recompute", "backward"), 0)
     for each in sums(found, {"tensor"}):
-        if stage(each.path) == name and "/layers/block/" in each.path and each.times > 1:
+        if stage(each.path) == name and "/block/" in each.path and each.times > 1:
             counts[phase(each.path)] += each.times * sum(len(a.dims) == 3 for a in each.arrays)
     return tuple(counts.values())
 

@@ -204,7 +204,7 @@ def main(cases: list[str]) -> None:
         largest = max(np.abs(g).max() for g in grads.values())
         found, other, program = loss_and_gradients(case)
         apart = {k: float(np.abs(other[k] - g).max() / max(np.abs(g).max(), 1e-3 * largest)) for k, g in grads.items()}
-        metrics = {k: abs(float(found[k]) / float(v) - 1) for k, v in losses.items()}
+        metrics = {k: abs(float(found[k]) - float(v)) / (abs(float(v)) or 1.0) for k, v in losses.items()}
         worst = max(apart, key=apart.get)
         zero = [k for k, g in grads.items() if not g.any() and not (contrastless(case) and "logit_scale" in k)]
         print(

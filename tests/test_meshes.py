@@ -83,7 +83,7 @@ GATHERED = {
     "fuser_clip": (2 * 4, 2 * 4),  # two attentions: offsets, weights, values, output
     "aggregator": (3 * 2 + 10, 3 * 2 + 10),  # three projectors of two layers, one SVA layer
     "llm": (3 * 7 + 1, 3 * 7),  # three layers and the embedding
-    "llm_insert": (10, 10),  # one SVA layer, in a group
+    "llm_insert": (10, 10),  # one SVA layer
     "next_token": (5, 5),  # four chunks of the output table, each while the one before is worked on, and one in vain
     "distill_depth": (5, 0),  # input projection, q, k, v, out
     "distill_seg": (5, 0),
@@ -92,12 +92,12 @@ GATHERED = {
 # gradients of a weight that is used twice one by one (input projection, k and v of both teachers' predictors).
 WEIGHTS = sum(n for n, _ in GATHERED.values()) - 1  # the chunk gathered in vain has no gradient
 SUMMED = {"cpu": WEIGHTS + 2 * 3, "tpu": WEIGHTS}
-# Activations that two looped blocks sum over tensor: forward (outputs of attention and MLP), repeated forward (that of
-# attention; the MLP's feeds nothing), backward (inputs of attention and MLP; the CPU's compiler sums those of q, k, v,
-# up and gate one by one).
+# Activations that looped blocks (three, two, two) sum over tensor: forward (outputs of attention and MLP), repeated
+# forward (that of attention; the MLP's feeds nothing), backward (inputs of attention and MLP; the CPU's compiler sums
+# those of q, k, v, up and gate one by one).
 LOOPED = {
-    "cpu": {"llm": (4, 2, 10), "encoder_clip": (4, 2, 8), "encoder_dino": (4, 2, 8)},
-    "tpu": {"llm": (4, 2, 4), "encoder_clip": (4, 2, 4), "encoder_dino": (4, 2, 4)},
+    "cpu": {"llm": (6, 3, 15), "encoder_clip": (4, 2, 8), "encoder_dino": (4, 2, 8)},
+    "tpu": {"llm": (6, 3, 6), "encoder_clip": (4, 2, 4), "encoder_dino": (4, 2, 4)},
 }
 
 

@@ -33,7 +33,10 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, broadcast):
         (x, taps), (number, slot, cache) = carry, layer
-        run = lambda block, *inputs: block(*inputs)
+
+        def run(block, *inputs):
+            return block(*inputs)
+
         if REMAT[self.remat] is not None:
             run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=False)
         x, cache = run(self.block.copy(name="block"), x, cache, *broadcast)
