@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,9 @@ class WholeLayer(SVALayer):
 
     @nn.compact
     def __call__(self, query: jax.Array, memory: WholeMaps) -> jax.Array:
-        n, grid, _, q_width = query.shape
+        n, count, q_width = query.shape
+        grid = math.isqrt(count)
+        query = query.reshape(n, grid, grid, q_width)
         shape = (self.heads, self.width // self.heads)
         plain = dict(use_bias=False)
         context = Linear((self.width,), **plain, name="proj_context")(memory.context)
@@ -95,7 +98,7 @@ class WholeLayer(SVALayer):
             keys = Linear((self.width,), **plain, name=f"k_proj_{k}")(Norm(name=f"k_norm_{k}")(f))
             vals = Linear((self.width,), **plain, name=f"v_proj_{k}")(Norm(name=f"v_norm_{k}")(f))
             keys, vals = (y.reshape(n, grid, m, grid, m, *shape) for y in (keys, vals))
-            seen = jnp.moveaxis(window_mask(mask, grid), 1, -1)[:, :, :, None]
+            seen = jnp.moveaxis(window_mask(mask, grid), 1, -1).reshape(n, grid, grid, 1, m * m)
             s = jnp.einsum("nijhd,niajbhd->nijhab", q, keys, preferred_element_type=jnp.float32)
             s = s.reshape(*s.shape[:4], m * m) * shape[1] ** -0.5
             scores.append(jnp.where(seen, s, MASKED))
@@ -109,7 +112,7 @@ class WholeLayer(SVALayer):
         y = Linear((self.width,), **plain, name="o_proj")(y.reshape(x.shape))
         z = Linear((self.width,), **plain, name="linear_1")(Norm(name="norm")(x + y))
         z = jax.nn.gelu(z, approximate=False)
-        return query + Linear((q_width,), **plain, name="linear_2")(z)
+        return (query + Linear((q_width,), **plain, name="linear_2")(z)).reshape(n, count, q_width)
 
 
 class WholeMaps(NamedTuple):
@@ -139,7 +142,7 @@ class SVALayers(WholeLayers):
 
     @nn.compact
     def __call__(self, query: jax.Array, maps: WholeMaps) -> jax.Array:
-        return super().__call__(query, to_memory(*maps, query.shape[1]))
+        return super().__call__(query, to_memory(*maps, math.isqrt(query.shape[1])))
 
 
 def taps(make: Callable, images: int) -> tuple:
@@ -149,7 +152,7 @@ def taps(make: Callable, images: int) -> tuple:
 def maps(make: Callable, images: int) -> tuple:
     masks = tuple(jnp.ones((images, side, side), bool) for side in SIDES)
     features = tuple(make((images, side, side, 1024)) for side in SIDES)
-    return make((images, 24, 24, 1024)), WholeMaps(features, masks, make((images, 1024)))
+    return make((images, 24**2, 1024)), WholeMaps(features, masks, make((images, 1024)))
 
 
 # name -> (ours, the other form, what they take, whether their inputs have gradients)

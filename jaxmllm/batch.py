@@ -70,11 +70,11 @@ class VisualTokens:
 class Memory:
     """Projected encoder features for cross-attention, shared by the connector and the in-LLM layers.
 
-    Query (i, j) of the L x L grid sees [:, :, i, j], in every encoder m*m cells, row-major.
+    Query i of the L x L grid, counted row by row, sees [:, :, i], in every encoder m*m cells, row-major.
     """
 
-    windows: tuple[jax.Array, ...]  # per encoder [N, m*m, L, L, C]
-    masks: tuple[jax.Array, ...]  # per encoder bool[N, m*m, L, L]; True = to be looked at
+    windows: tuple[jax.Array, ...]  # per encoder [N, m*m, L*L, C]
+    masks: tuple[jax.Array, ...]  # per encoder bool[N, m*m, L*L]; True = to be looked at
     context: jax.Array  # [N, C]
 
 

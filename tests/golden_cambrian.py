@@ -111,17 +111,19 @@ def cambrian_full(case: Case) -> Check:
                 without = model.clone(llm=model.llm.clone(inserts=fewer))
                 without.apply({"params": tree}, with_maps(x), keys, (), method=through)
         seen = {name: value["__call__"][0] for name, value in seen["intermediates"]["aggregator"].items()}
-        outputs = {"loss": found["loss"], "image_tokens": seen["projector"]}
-        for g in range(len(c["query_group_sides"])):
-            outputs[f"connector_output_{g}"] = seen[f"group_{g}_layer_{c['connector_depth'] - 1}"]
+        square = lambda y, side: y.reshape(len(y), side, side, -1)
+        outputs = {"loss": found["loss"], "image_tokens": square(seen["projector"], c["query_grid_side"])}
+        for g, side in enumerate(c["query_group_sides"]):
+            outputs[f"connector_output_{g}"] = square(seen[f"group_{g}_layer_{c['connector_depth'] - 1}"], side)
 
         where = batch.visual_positions[:, 0].reshape(*patches.shape[:2], -1)[:, :, :-1]
         rows = np.arange(len(ids))[:, None, None]
         states = [found["tapped"][i] for i in taps] + last_query
         for j, state in enumerate(states):
-            query = state[rows, np.maximum(where, 0)]
+            query, memory = state[rows, np.maximum(where, 0)], found["visual"].memory
             weights = pick(tree["llm"]["visual"]["layers"]["insert"], j)
-            update = layer.apply({"params": weights}, query, found["visual"].memory)
+            flat = query.reshape(len(query), -1, query.shape[-1])
+            update = layer.apply({"params": weights}, flat, memory).reshape(query.shape)
             for name, grid in (("query", query), ("output", update)):
                 if c["path"] != "train":  # the rows and columns that are kept
                     grid = grid[patches].reshape(len(ids), *fixed["unpadded_grid"][0], -1)

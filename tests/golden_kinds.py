@@ -56,14 +56,15 @@ def sva(case: Case) -> Check:
     def start(x):
         memory = to_memory(numbered(x, "features"), numbered(x, "key_mask"), x["context"], side)
         shape = (x["context"].shape[0], side, side, c["query_width"])
-        return jnp.broadcast_to(x["query"], shape), memory  # the connector has one query for all
+        query = jnp.broadcast_to(x["query"], shape)  # the connector has one query for all
+        return query.reshape(len(query), side**2, -1), memory
 
     def forward(params, x):
         (query, memory), tree, outputs = start(x), unflatten(params), {}
         for i in layers:
             query = layer.apply({"params": tree[f"layer_{i}"]}, query, memory)
-            outputs[f"layer_{i}_output"] = query
-        return outputs | {"output": query, "scalar": jnp.sum(query * x["cotangent"])}
+            output = outputs[f"layer_{i}_output"] = query.reshape(len(query), side, side, -1)
+        return outputs | {"output": output, "scalar": jnp.sum(output * x["cotangent"])}
 
     one = shapes(layer, *start(case.inputs))
     ours = {f"layer_{i}/{path}": shape for i in layers for path, shape in one.items()}
@@ -85,7 +86,7 @@ def cambrian_masks(case: Case) -> Check:
             "token_mask": tokens,
             "image_position_ids": tokens.reshape(len(sizes), -1).cumsum(1) - 1,
             "key_mask": keys,
-            "usable_keys_per_window": window_mask(jnp.asarray(keys), grid).sum(1),
+            "usable_keys_per_window": window_mask(jnp.asarray(keys), grid).sum(1).reshape(len(keys), grid, grid),
             "padding": pads.repeat(2, -1).reshape(len(sizes), -1),
         }
 

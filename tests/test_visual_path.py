@@ -347,7 +347,7 @@ def test_global_attention_of_mmfuser():
 
 
 def test_gated_sva_starts_as_the_identity():
-    layer, query = SVALayer(8, 2, gate=True), taps(2, 4, 4, 6)
+    layer, query = SVALayer(8, 2, gate=True), taps(2, 16, 6)
     memory = to_memory([taps(2, 8, 8, 8)], [jnp.ones((2, 8, 8), bool)], taps(2, 8), 4)
     np.testing.assert_array_equal(layer.init_with_output(jax.random.key(0), query, memory)[0], query)
 

@@ -75,6 +75,6 @@ def test_parameters_of_cambrian(width, layers, parameters):
     features = [array(1, side, side, 1024) for side in sides]
     masks = [array(1, side, side, dtype=jnp.bool_) for side in sides]
     memory = jax.eval_shape(partial(to_memory, grid=24), features, masks, array(1, 1024))
-    inside = shapes(SVALayer(1024), array(1, 24, 24, width), memory)
+    inside = shapes(SVALayer(1024), array(1, 24**2, width), memory)
     new = count_aggregator(sva, visual_table.CAMBRIAN) + layers * sum(map(math.prod, inside.values()))
     assert new == parameters

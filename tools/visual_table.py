@@ -99,7 +99,7 @@ def measure_in_llm(width: int) -> tuple[int, float]:
     features = [array(1, side, side, 1024) for side in sides]
     masks = [array(1, side, side, dtype=jnp.bool_) for side in sides]
     memory = jax.eval_shape(partial(to_memory, grid=24), features, masks, array(1, 1024))
-    return measure(SVALayer(1024), array(1, 24, 24, width), memory)
+    return measure(SVALayer(1024), array(1, 24**2, width), memory)
 
 
 def main() -> None:

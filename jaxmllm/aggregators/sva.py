@@ -23,21 +23,19 @@ from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, gelu, normal
 
 
 def windows(x: jax.Array, grid: int) -> jax.Array:
-    """[N, h, w, ...] -> [N, m*m, L, L, ...]: slice k holds cell k, row-major, of all L x L = grid x grid windows.
+    """[N, h, w, ...] -> [N, m*m, L*L, ...]: slice k holds cell k, row-major, of all L x L = grid x grid windows.
 
     Queries meet a slice element by element. So made, with the cells in front, that is fastest on a TPU: it keeps the
     last two dimensions in tiles.
     """
     n, m, rest = x.shape[0], x.shape[1] // grid, x.shape[3:]
-    if m == 1:
-        return x[:, None]
     x = mesh.reshape(x, n, grid, m, grid, m, *rest)
     x = x.transpose(0, 2, 4, 1, 3, *range(5, x.ndim))
-    return mesh.reshape(x, n, m * m, grid, grid, *rest)
+    return mesh.reshape(x, n, m * m, grid**2, *rest)
 
 
 def window_mask(mask: jax.Array, grid: int) -> jax.Array:
-    """bool[N, h, w] -> bool[N, m*m, L, L]; a window with no usable key is all usable.
+    """bool[N, h, w] -> bool[N, m*m, L*L]; a window with no usable key is all usable.
 
     That rule is the reference's (it avoids a softmax over nothing) and holds per encoder, so an encoder with m = 1 is
     never masked.
@@ -56,7 +54,7 @@ def to_memory(features: Sequence[jax.Array], masks: Sequence[jax.Array], context
 def attend(
     q: jax.Array, keys: list[jax.Array], values: list[jax.Array], masks: tuple[jax.Array, ...], head_dim: int
 ) -> jax.Array:
-    """q [N, L, L, C]; per encoder keys, values [N, m*m, L, L, C] and bool[N, m*m, L, L] -> [N, L, L, C].
+    """q [N, Q, C]; per encoder keys, values [N, m*m, Q, C] and bool[N, m*m, Q] -> [N, Q, C].
 
     A query meets too few keys for a matmul of its own. Products are by element, on channels that fill the lanes of a
     TPU; a matrix of ones and zeros then adds up those of each head, and spreads a head's weight over its channels.
@@ -78,7 +76,7 @@ def attend(
 
 
 class SVALayer(nn.Module):
-    """One layer: queries [N, L, L, Q] attend to their windows in `memory` -> [N, L, L, Q].
+    """One layer: queries [N, L*L, Q], row by row, attend to their windows in `memory` -> [N, L*L, Q].
 
     x = W [q ; W c]; a = softmax over all windows; z = LN(x + W_o a V); out = q + W2 gelu(W1 z). The only skip is q
     itself; linear layers have no bias; head scale is 1/sqrt(head width). gate: start as the identity (W2 = 0).
@@ -90,12 +88,12 @@ class SVALayer(nn.Module):
 
     @nn.compact
     def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
-        n, grid, _, q_width = query.shape
+        n, count, q_width = query.shape
         dtype = query.dtype
         mesh.check_split("heads of SVALayer", (self.heads,), ("heads",))
         context = Linear((self.width,), use_bias=False, name="proj_context")(memory.context.astype(dtype))
-        context = jnp.broadcast_to(context[:, None, None], (n, grid, grid, self.width))
-        x = jnp.concatenate([query, mesh.shard(context, "batch", None, None, None)], -1)
+        context = jnp.broadcast_to(context[:, None], (n, count, self.width))
+        x = jnp.concatenate([query, mesh.shard(context, "batch", None, None)], -1)
         x = Linear((self.width,), use_bias=False, name="proj_in")(x)
 
         def project(y: jax.Array, what: str, encoder: str = "") -> jax.Array:
@@ -107,7 +105,7 @@ class SVALayer(nn.Module):
             f, m = f.astype(dtype), round(f.shape[1] ** 0.5)
             if m > 1:
                 place = Table((m, m, self.width), normal(1.0), name=f"pos_embed_{k}")().astype(dtype)
-                f = f + mesh.reshape(place, m * m, 1, 1, self.width)
+                f = f + mesh.reshape(place, m * m, 1, self.width)
             keys.append(project(f, "k", f"_{k}"))
             values.append(project(f, "v", f"_{k}"))
         by_head = functools.partial(attend, head_dim=self.width // self.heads)
@@ -168,10 +166,14 @@ class SVA(nn.Module):
         queries = Table((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
         outputs = []
         for g, side in enumerate(self.sides):
-            x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side, side)
+            x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side**2)
             for layer in range(self.depth):
                 x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, cut(side))
-            outputs.append(resize(x, self.grid, self.grid))
+            if side != self.grid:
+                x = resize(mesh.refold(x, 1, 1, side, side), self.grid, self.grid)
+                x = mesh.refold(x, 1, 2, self.grid**2)
+            outputs.append(x)
         x = MLP(self.llm_width, self.llm_width, name="projector")(jnp.concatenate(outputs, -1))
+        x = mesh.refold(x, 1, 1, self.grid, self.grid)
         inside = all(x.shape[1] % self.grid == 0 for x in features)
         return VisualTokens(lay_out(x, self.newline), cut(self.grid) if inside else None)

@@ -96,8 +96,8 @@ class VisualLayers(nn.Module):
     def __call__(self, x: jax.Array, visual: Visual) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """-> f(x [B, S, H], i int32[]) -> x behind decoder layer i (0-based), its patch tokens updated if a visual
         layer follows that one."""
-        (b, slots, _), grid = visual.positions.shape, visual.grid
-        shape = (b, slots * grid**2, x.shape[-1])
+        b, slots, _ = visual.positions.shape
+        own = (b * slots, visual.grid**2, x.shape[-1])  # each image's
         stack = nn.scan(
             _Layer,
             variable_axes={"params": 0},
@@ -106,14 +106,14 @@ class VisualLayers(nn.Module):
             length=self.inserts.count,
         )(self.insert, name="layers")
         if self.is_initializing():
-            stack(unfold(mesh.shard(jnp.zeros(shape, x.dtype), "batch", None, None), grid), visual.memory)
+            stack(mesh.shard(jnp.zeros(own, x.dtype), "batch", None, None), visual.memory)
         stacked = self.get_variable("params", "layers")["insert"]
         places = patch_places(visual)
 
         insert = self.insert.clone(parent=None)
 
         def layer(weights, patches, memory):
-            return mesh.reshape(insert.apply({"params": weights}, unfold(patches, grid), memory), *shape)
+            return mesh.reshape(insert.apply({"params": weights}, mesh.reshape(patches, *own), memory), *patches.shape)
 
         def after(x, i):
             j, left = jnp.divmod(i - self.inserts.start, self.inserts.stride)
@@ -125,12 +125,6 @@ class VisualLayers(nn.Module):
                 return update(layer, here, jax.tree.map(pick, stacked), x, visual.memory, *places)
 
         return after
-
-
-def unfold(patches: jax.Array, grid: int) -> jax.Array:
-    """[B, I * L * L, H] -> [B * I, L, L, H]."""
-    b, count, h = patches.shape
-    return mesh.reshape(patches, b * count // grid**2, grid, grid, h)
 
 
 def patch_places(visual: Visual) -> tuple[jax.Array, jax.Array]:
