@@ -41,7 +41,7 @@ def model() -> MLLM:
 def config() -> Run:
     captions = Source("data/cambrian/alignment_2.5m.jsonl", "data/cambrian")
     questions = Source("data/cambrian/cambrian_7m.jsonl", "data/cambrian")
-    frozen, connector = Rule("^encoders_", lr=None), Rule("^(fusers_|aggregator/)|/insert/")
+    frozen, connector = Rule("^encoders_", lr=None), Rule("^(fusers_|aggregator/|llm/visual/)")
     losses = {"next_token": 1.0}
     return Run(
         name="cambrian_8b",

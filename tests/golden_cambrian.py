@@ -99,7 +99,7 @@ def cambrian_full(case: Case) -> Check:
             return call(*args, **kwargs)
 
         def connector(module, _):
-            return module.path[:1] == ("aggregator",) and len(module.path) == 2
+            return module.path[:1] == ("aggregator",) and (len(module.path) == 2 or module.path[2:] == ("layer",))
 
         found, seen = model.apply(
             {"params": tree}, with_maps(x), keys, taps, method=through,
@@ -110,18 +110,21 @@ def cambrian_full(case: Case) -> Check:
             with nn.intercept_methods(spy):
                 without = model.clone(llm=model.llm.clone(inserts=fewer))
                 without.apply({"params": tree}, with_maps(x), keys, (), method=through)
-        seen = {name: value["__call__"][0] for name, value in seen["intermediates"]["aggregator"].items()}
+        seen = seen["intermediates"]["aggregator"]
         square = lambda y, side: y.reshape(len(y), side, side, -1)
-        outputs = {"loss": found["loss"], "image_tokens": square(seen["projector"], c["query_grid_side"])}
+        outputs = {
+            "loss": found["loss"],
+            "image_tokens": square(seen["projector"]["__call__"][0], c["query_grid_side"]),
+        }
         for g, side in enumerate(c["query_group_sides"]):
-            outputs[f"connector_output_{g}"] = square(seen[f"group_{g}_layer_{c['connector_depth'] - 1}"], side)
+            outputs[f"connector_output_{g}"] = square(seen[f"group_{g}"]["layer"]["__call__"][0][-1], side)
 
         where = batch.visual_positions[:, 0].reshape(*patches.shape[:2], -1)[:, :, :-1]
         rows = np.arange(len(ids))[:, None, None]
         states = [found["tapped"][i] for i in taps] + last_query
         for j, state in enumerate(states):
             query, memory = state[rows, np.maximum(where, 0)], found["visual"].memory
-            weights = pick(tree["llm"]["visual"]["layers"]["insert"], j)
+            weights = pick(tree["llm"]["visual"]["layers"]["layer"], j)
             flat = query.reshape(len(query), -1, query.shape[-1])
             update = layer.apply({"params": weights}, flat, memory).reshape(query.shape)
             for name, grid in (("query", query), ("output", update)):

@@ -20,6 +20,7 @@ from jaxmllm.batch import FeatureMap, MapShape, Memory, TokenLayout, VisualToken
 from jaxmllm.nn.attention import MASKED
 from jaxmllm.nn.maps import need_plain, resize
 from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, gelu, normal
+from jaxmllm.nn.stack import stacked
 
 
 def windows(x: jax.Array, grid: int) -> jax.Array:
@@ -167,8 +168,8 @@ class SVA(nn.Module):
         outputs = []
         for g, side in enumerate(self.sides):
             x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side**2)
-            for layer in range(self.depth):
-                x = SVALayer(self.width, self.heads, self.gate, name=f"group_{g}_layer_{layer}")(x, cut(side))
+            layers = stacked(SVALayer(self.width, self.heads, self.gate), self.depth, name=f"group_{g}")
+            x, _ = layers(x, cut(side))
             if side != self.grid:
                 x = resize(mesh.refold(x, 1, 1, side, side), self.grid, self.grid)
                 x = mesh.refold(x, 1, 2, self.grid**2)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxmllm import mesh
 from jaxmllm.batch import Memory, Visual
+from jaxmllm.nn.stack import stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +76,6 @@ _take.defvjp(lambda x, *places: (_take(x, *places), places[1]), _take_backward)
 _place.defvjp(lambda x, tokens, *places: (_place(x, tokens, *places), places), _place_backward)
 
 
-class _Layer(nn.Module):
-    insert: nn.Module
-
-    @nn.compact
-    def __call__(self, patches, memory):
-        return self.insert.copy(name="insert")(patches, memory), None
-
-
 class VisualLayers(nn.Module):
     """All visual layers of a decoder of `layers` layers. again: their work is done again in the backward pass, which
     then finds the patches before it and nothing else saved."""
@@ -98,16 +91,10 @@ class VisualLayers(nn.Module):
         layer follows that one."""
         b, slots, _ = visual.positions.shape
         own = (b * slots, visual.grid**2, x.shape[-1])  # each image's
-        stack = nn.scan(
-            _Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.inserts.count,
-        )(self.insert, name="layers")
         if self.is_initializing():
-            stack(mesh.shard(jnp.zeros(own, x.dtype), "batch", None, None), visual.memory)
-        stacked = self.get_variable("params", "layers")["insert"]
+            stack = stacked(self.insert, self.inserts.count, name="layers")
+            stack(mesh.shard(jnp.zeros(own, x.dtype), *BLOCK), visual.memory)
+        weights = self.get_variable("params", "layers")["layer"]
         places = patch_places(visual)
 
         insert = self.insert.clone(parent=None)
@@ -122,7 +109,7 @@ class VisualLayers(nn.Module):
             update = again if self.again else sometimes
             # A plan reads how often of how many times: plan/hlo.py, plan/flops.py.
             with jax.named_scope("insert"), jax.named_scope(f"{self.inserts.count}_of_{self.layers}"):
-                return update(layer, here, jax.tree.map(pick, stacked), x, visual.memory, *places)
+                return update(layer, here, jax.tree.map(pick, weights), x, visual.memory, *places)
 
         return after
 

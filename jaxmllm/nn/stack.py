@@ -63,6 +63,22 @@ def tap_slots(wanted: tuple[int, ...], first: int, length: int) -> np.ndarray:
     return np.array([wanted.index(i) if i in wanted else len(wanted) for i in range(first, first + length)], np.int32)
 
 
+class _Repeated(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x, *broadcast):
+        return self.layer.copy(name="layer")(x, *broadcast), None
+
+
+def stacked(layer: nn.Module, count: int, name: str) -> nn.Module:
+    """`count` copies of a layer x = layer(x, *broadcast), scanned: m(x, *broadcast) -> (x, None). Parameters under
+    name/layer have a leading layer dimension."""
+    axes = {"params": 0, "intermediates": 0}
+    scan = nn.scan(_Repeated, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
+    return scan(layer, name=name)
+
+
 class Stack(nn.Module):
     """`length` copies of `block`, scanned; parameters have a leading layer dimension.
 

@@ -131,7 +131,7 @@ def sva(aggregator: SVA, grids: Mapping[str, int]) -> Table:
     for g, side in enumerate(aggregator.sides):
         layer = sva_layer([grid // side for grid in grids.values()])
         for i in range(aggregator.depth):
-            table += layer.under(f"vision_sampler_{g}.layers.{i}.", f"group_{g}_layer_{i}/")
+            table += layer.under(f"vision_sampler_{g}.layers.{i}.", f"group_{g}/layer/", (i,))
     return table
 
 
@@ -142,7 +142,7 @@ def cambrian(model: MLLM) -> Table:
     if model.llm.inserts:
         layer = sva_layer([grid // model.aggregator.grid for grid in grids.values()])
         for j in range(model.llm.inserts.count):
-            table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", "llm/visual/layers/insert/", (j,))
+            table += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", "llm/visual/layers/layer/", (j,))
     return table
 
 
