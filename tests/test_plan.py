@@ -61,6 +61,32 @@ def test_a_loop_costs_its_trips():
     assert matmul.kind == "matmul" and matmul.cycles > ideal
 
 
+BRANCHES = """HloModule m
+%yes (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%p, %p)
+}
+%no (q: f32[8]) -> f32[8] {
+  ROOT %q = f32[8]{0} parameter(0)
+}
+ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
+  %i = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  ROOT %c = f32[8]{0} conditional(%i, %x, %x), branch_computations={%no, %yes}, metadata={op_name="jit(f)/SCOPE/cond"}
+}
+"""
+
+
+def test_a_branch_costs_its_share():
+    def calls(scope):
+        module = hlo.parse(BRANCHES.replace("SCOPE", scope))
+        computation = module.computations[module.entry]
+        return module.calls(computation["c"], computation)
+
+    assert calls("insert/10_of_32") == [("yes", 10 / 32), ("no", 22 / 32)]
+    assert calls("insert") == [("yes", 1)]
+
+
 def test_rows_and_sorts_are_priced_and_listed():
     charges = [c for c in timeline("rows").charges if c.model in ("gather", "sort")]
     prices = sorted(c.cycles for c in charges if c.model == "gather")
@@ -275,6 +301,12 @@ def test_flops_count_what_training_needs():
             return z @ y
 
     assert traced(scoped, (8, 8), (8, 8), trained=[False, False]) == 8**3
+
+    def seldom(x, y):
+        with jax.named_scope("1_of_4"):
+            return jax.lax.cond(x[0, 0] > 0, lambda: x @ y, lambda: x)
+
+    assert traced(seldom, (8, 8), (8, 8), trained=[False, False]) == 2 * 8**3 / 4
 
 
 def test_flops_of_the_8b_recipe():

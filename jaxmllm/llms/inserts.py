@@ -95,9 +95,7 @@ class VisualLayers(nn.Module):
             stack = stacked(self.insert, self.inserts.count, name="layers")
             stack(mesh.shard(jnp.zeros(own, x.dtype), *BLOCK), visual.memory)
         weights = self.get_variable("params", "layers")["layer"]
-        places = patch_places(visual)
-
-        insert = self.insert.clone(parent=None)
+        places, insert = patch_places(visual), self.insert.clone(parent=None)
 
         def layer(weights, patches, memory):
             return mesh.reshape(insert.apply({"params": weights}, mesh.reshape(patches, *own), memory), *patches.shape)
