@@ -71,12 +71,14 @@ def whole(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def weight_shapes(params: dict[str, jax.ShapeDtypeStruct]) -> set[tuple[int, ...]]:
-    """Shapes (keys) in which weights, and so their gradients, occur on a device: of one layer or of all, whole over
-    fsdp or not. params: path -> shape with its sharding on the mesh."""
+    """Shapes (keys) in which weights, and so their gradients, occur on a device: of one layer or of all, a share over
+    fsdp, whole, or all shares side by side. params: path -> shape with its sharding on the mesh."""
     shapes = set()
     for path, x in params.items():
-        for dims in (x.sharding.shard_shape(x.shape), whole(x)):
+        share, parts = x.sharding.shard_shape(x.shape), x.sharding.mesh.shape["fsdp"]
+        for dims in (share, whole(x)):
             shapes |= {key(dims), key(dims[stacked(path) :])}
+        shapes |= {key((parts, *share)), key((parts, *share[stacked(path) :]))}
     return shapes
 
 
