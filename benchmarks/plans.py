@@ -21,7 +21,7 @@ ROWS = [
     ["configs/llama3_8b.py:long", "--topology", "v5p:4x4x4"],
     ["configs/llama3_8b.py:long", "--topology", "v6e:8x8"],
     ["configs/cambrian_8b.py", "--topology", "v5p:4x4x4", "--stage", "instruct"],
-    ["configs/cambrian_8b.py", "--topology", "v6e:8x8", "--stage", "instruct", "--set", "stages.instruct.accumulate=2"],
+    ["configs/cambrian_8b.py", "--topology", "v6e:8x8", "--stage", "instruct"],
     ["configs/cambrian_8b.py:published", "--topology", "v5p:4x4x4", "--stage", "instruct"],
     # As many rows a chip on 16 and 256 chips, and on two slices.
     ["configs/llama3_8b.py", "--topology", "v5p:2x2x4", "--set", "stages.0.rows=64"],
