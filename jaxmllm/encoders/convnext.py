@@ -55,6 +55,6 @@ class ConvNeXt(Pyramid):
                 x = self.as_map(Linear((self.widths[i - 1],), (None,), name=f"down{i}")(x), i)
             depth = self.depths[i - 1]
             stack = Stack(Block(self.eps), depth, self.remat, self.unroll, name=f"stage{i}")
-            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), 1, depth), None)
+            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), depth), None)
             maps[i] = x
         return self.joined([maps[t] for t in self.taps])

@@ -143,7 +143,7 @@ class Swin(Pyramid):
             pairs = self.depths[i - 1] // 2
             block = Pair(self.heads[i - 1], self.window, self.mlp_ratio, self.eps)
             stack = Stack(block, pairs, self.remat, self.unroll, name=f"stage{i}")
-            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), 1, pairs), None)
+            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), pairs), None)
             maps[i] = Norm(name=f"norm{i}")(x) if self.norms and i in self.taps else x
         return self.joined([maps[t] for t in self.taps])
 

@@ -115,7 +115,7 @@ class ViT(Encoder):
         block = Block(self.heads, self.mlp, self.activation, self.gated, self.eps, self.layer_scale, self.key_bias)
         depth = max(self.taps)
         stack = Stack(block, depth, self.remat, self.unroll, name="blocks")
-        _, out, _ = stack(x, taps, tap_slots(wanted, 1, depth), None, *angles)
+        _, out, _ = stack(x, taps, tap_slots(wanted, depth), None, *angles)
         out = jnp.stack([out[wanted.index(t)] if t else x for t in self.taps])
         if self.final_norm:
             out = Norm(eps=self.eps, name="final_norm")(out)

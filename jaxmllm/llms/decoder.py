@@ -117,7 +117,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, dict[int, jax.Array], Any]:
         """x [B, S, H] embedded; positions, segments int32[B, S] -> (normed states [B, S, H], taps, cache)."""
         wanted = tuple(t for t in taps if t != self.layers)
-        slots, buffer = tap_slots(wanted, 1, self.layers), empty_taps(x, len(wanted))
+        slots, buffer = tap_slots(wanted, self.layers), empty_taps(x, len(wanted))
         after = self.visual(x, visual) if self.inserts and visual is not None else None
         x, buffer, cache = self.blocks(x, buffer, slots, cache, positions, segments, cache_index, after=after)
         x = self.norm(x)

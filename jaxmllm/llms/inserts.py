@@ -77,13 +77,13 @@ _place.defvjp(lambda x, tokens, *places: (_place(x, tokens, *places), places), _
 
 
 class VisualLayers(nn.Module):
-    """All visual layers of a decoder of `layers` layers. again: their work is done again in the backward pass, which
-    then finds the patches before it and nothing else saved."""
+    """All visual layers of a decoder of `layers` layers. recompute: their work is done again in the backward pass,
+    which then finds the patches before it and nothing else saved."""
 
     insert: nn.Module
     inserts: Inserts
     layers: int
-    again: bool
+    recompute: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, visual: Visual) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -104,7 +104,7 @@ class VisualLayers(nn.Module):
             j, left = jnp.divmod(i - self.inserts.start, self.inserts.stride)
             here = (left == 0) & (j >= 0) & (j < self.inserts.count)
             pick = functools.partial(jax.lax.dynamic_index_in_dim, index=jnp.maximum(j, 0), keepdims=False)
-            update = again if self.again else sometimes
+            update = recomputed if self.recompute else sometimes
             # A plan reads how often of how many times: plan/hlo.py, plan/flops.py.
             with jax.named_scope("insert"), jax.named_scope(f"{self.inserts.count}_of_{self.layers}"):
                 return update(layer, here, jax.tree.map(pick, weights), x, visual.memory, *places)
@@ -136,7 +136,7 @@ def _forward(layer, here, weights, x, memory, *places):
         return place_visual(x, layer(weights, patches, memory), *places), patches
 
     count = places[0].shape[1]
-    none = mesh.shard(jnp.zeros((x.shape[0], count, x.shape[2]), x.dtype), "batch", None, None)
+    none = mesh.shard(jnp.zeros((x.shape[0], count, x.shape[2]), x.dtype), *BLOCK)
     y, patches = jax.lax.cond(here, update, lambda: (x, none))
     return y, (here, weights, patches, memory, places)
 
@@ -159,5 +159,5 @@ def _backward(layer, saved, dy):
     return None, d_weights, dx, Memory(windows, None, context), None, None
 
 
-again = jax.custom_vjp(sometimes, nondiff_argnums=(0,))
-again.defvjp(_forward, _backward)
+recomputed = jax.custom_vjp(sometimes, nondiff_argnums=(0,))
+recomputed.defvjp(_forward, _backward)

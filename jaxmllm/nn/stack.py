@@ -58,9 +58,9 @@ def empty_taps(x: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(jnp.zeros_like(x)[None], (count + 1, *x.shape))
 
 
-def tap_slots(wanted: tuple[int, ...], first: int, length: int) -> np.ndarray:
-    """int32[length]: the slot of the output of block first, first+1, .. (1-based); len(wanted) = nowhere."""
-    return np.array([wanted.index(i) if i in wanted else len(wanted) for i in range(first, first + length)], np.int32)
+def tap_slots(wanted: tuple[int, ...], length: int) -> np.ndarray:
+    """int32[length]: the slot of the output of block 1, 2, ..; len(wanted) = nowhere."""
+    return np.array([wanted.index(i) if i in wanted else len(wanted) for i in range(1, length + 1)], np.int32)
 
 
 class _Repeated(nn.Module):
