@@ -155,12 +155,11 @@ def sent(it: Program, text: str) -> dict:
 
 
 def chunk_shapes(it: Program) -> set[tuple[int, ...]]:
-    """Shapes (keys) of one chunk of the output table, and of the input table in parts, gathered over fsdp."""
+    """Shapes (keys) of one chunk of the output table, gathered over fsdp."""
     (vocab, width), sizes = it.state.trainable["llm/lm_head/embedding"].shape, it.mesh.shape
     parts = sizes["tensor"] * sizes["fsdp"]
     rows = Chunks.of(vocab // parts, it.run.model.vocab_chunk / parts).rows
-    part = (sizes["fsdp"], vocab // parts, width)
-    return {collectives.key(dims) for dims in ((sizes["fsdp"], rows, width), (sizes["fsdp"] * rows, width), part)}
+    return {collectives.key(dims) for dims in ((sizes["fsdp"], rows, width), (sizes["fsdp"] * rows, width))}
 
 
 def zeros(x: jax.ShapeDtypeStruct) -> np.ndarray:

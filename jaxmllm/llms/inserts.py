@@ -19,6 +19,8 @@ from jaxmllm import mesh
 from jaxmllm.batch import Memory, Visual
 from jaxmllm.nn.stack import stacked
 
+ROW, BLOCK = ("batch", "length", None), ("batch", None, None)  # names of dimensions: a row's tokens, visual ones
+
 
 @dataclasses.dataclass(frozen=True)
 class Inserts:
@@ -43,9 +45,6 @@ def place_visual(x: jax.Array, tokens: jax.Array, positions: jax.Array, index: j
     positions and int32[B, S] index are each other's inverse, -1 for none."""
     tokens = mesh.shard(tokens.astype(x.dtype), *BLOCK)
     return _place(mesh.shard(x, *ROW), tokens, mesh.shard(positions, *BLOCK[:2]), mesh.shard(index, *ROW[:2]))
-
-
-ROW, BLOCK = ("batch", "length", None), ("batch", None, None)  # of tokens of a row, of visual ones
 
 
 def _look_up(x: jax.Array, index: jax.Array, other: jax.Array | float, names: tuple) -> jax.Array:
