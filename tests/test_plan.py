@@ -31,15 +31,19 @@ from tests.conftest import ROOT
 V5P = CHIPS["v5p"]
 
 
-def network(shape, axes, torus="v5p:2x2x1", slices=1) -> Network:
+def devices_of(place, shape) -> np.ndarray:
     """Devices of a torus in row-major order, laid out as a mesh."""
-    place = topology(torus, slices)
-    grid = list(np.ndindex(*place.shape)) * slices
-    size = len(grid) // slices
+    grid = list(np.ndindex(*place.shape)) * place.slices
+    size = len(grid) // place.slices
     devices = [SimpleNamespace(coords=c, core_on_chip=0, slice_index=i // size) for i, c in enumerate(grid)]
     array = np.empty(shape, object)
     array.reshape(-1)[:] = devices[: array.size]
-    return Network(place, axes, array)
+    return array
+
+
+def network(shape, axes, torus="v5p:2x2x1", slices=1) -> Network:
+    place = topology(torus, slices)
+    return Network(place, axes, devices_of(place, shape))
 
 
 def timeline(name: str, shape=(1,), axes=("fsdp",), torus="v5p:2x2x1") -> Timeline:
@@ -360,6 +364,30 @@ def test_nearest_setting_that_fits(monkeypatch, rows_that_fit, words):
     monkeypatch.setattr(report, "compile_stage", compiled)
     found = report.nearest(run, run.stages[0], place, compiled(run, run.stages[0], place), lambda text: None)
     assert (words in found) if words else found is None
+
+
+@pytest.mark.parametrize("name", ["sharded", "rows"])  # the one waits for collectives, the other has prices of ours
+def test_a_plan_as_text(monkeypatch, name):
+    """It names every part that counts, and no crumbs; the figures have all of them."""
+    place = topology("v5p:2x2x1")
+    text = (ROOT / "tests" / "hlo" / f"{name}.txt").read_text()
+    memory = compiling.Memory(4 * 2**30, 90 * 2**30, 2**30, 0, 2**30, 0, 2 * 2**30)
+    program = compiling.Program(text, memory, devices_of(place, (1, 1, 2, 2, 1)), 7.0)
+    monkeypatch.setattr(report, "compile_stage", lambda *_: program)
+    monkeypatch.setattr(report, "model_flops", lambda *_: {"llm": 1e12})
+    found = report.plan(configs.load("configs/llama3_8b.py"), place, say=lambda text: None)
+    waits = found["exposed_seconds_by_stage"]
+    assert sum(waits.values()) == pytest.approx(found["exposed_collective_seconds"])
+    assert waits if name == "sharded" else found["unpriced"]
+    shown = report.show(found)
+    for part, cycles in found["cycles_by_stage"].items():
+        share = f"{part} {cycles / found['cycles']:.1%}"
+        assert (share in shown) == (cycles / found["cycles"] >= report.SHOWN), share
+    for part, seconds in waits.items():
+        assert (f"{part} {seconds * 1e3:.1f} ms" in shown) == (seconds >= 5e-5)
+    for each in found["unpriced"]:
+        assert shown.count(each["rule"]) == 1
+    assert "4.0 of 90.0 GiB" in shown and "compiled in 7 s" in shown
 
 
 # 64 x 4 and 256 x 8 chips. The toy has too few heads to split; 1152, SigLIP's width, is no multiple of 256.

@@ -75,10 +75,11 @@ def plan_stage(run: Run, each: Stage, topology: Topology, say: Callable[[str], N
     return result | timing
 
 
+SHOWN = 0.0005  # share of the cycles below which the text names no part; the JSON has all
 TIMING = (
     "cycles", "cycles_by_stage", "cycles_by_phase", "cycles_by_kind", "cycles_estimated", "unpriced",
-    "collective_bytes", "collective_seconds", "exposed_collective_seconds", "predicted_step_seconds", "predicted_mfu",
-    "tokens_per_second_per_chip", "images_per_second_per_chip",
+    "collective_bytes", "collective_seconds", "exposed_collective_seconds", "exposed_seconds_by_stage",
+    "predicted_step_seconds", "predicted_mfu", "tokens_per_second_per_chip", "images_per_second_per_chip",
 )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def time_program(run: Run, each: Stage, topology: Topology, program: Program, fl
     chip = topology.chip
     line = Timeline(parse(program.text), chip, Network(topology, AXES, program.devices))
     charges = line.charges
-    moved = [c for c in charges if c.transfer]
+    moved, waits = [c for c in charges if c.transfer], [c for c in charges if c.exposed]
     per_chip = chip.per_chip / line.seconds / (topology.chips * chip.per_chip)
     unpriced = Counter()
     for c in charges:
@@ -107,7 +108,8 @@ def time_program(run: Run, each: Stage, topology: Topology, program: Program, fl
         ],
         "collective_bytes": total(moved, lambda c: c.transfer.axes, lambda c: c.times * c.transfer.bytes),
         "collective_seconds": sum(c.times * c.transfer.seconds for c in moved),
-        "exposed_collective_seconds": sum(c.exposed for c in charges),
+        "exposed_collective_seconds": sum(c.exposed for c in waits),
+        "exposed_seconds_by_stage": total(waits, lambda c: stage(c.path), lambda c: c.exposed),
         "predicted_step_seconds": line.seconds,
         "predicted_mfu": flops / (line.seconds * chip.flops * chip.per_chip * topology.chips),
         "tokens_per_second_per_chip": each.rows * run.data.seq_len * per_chip,
@@ -182,15 +184,21 @@ def show_stage(found: dict[str, Any]) -> list[str]:
     cycles, own = found["cycles"], found["cycles_estimated"]
     lines.append(f"  cycles                            {cycles:.3e}, of them {own:.3e} estimated by the compiler")
     for group in ("stage", "phase", "kind"):
-        parts = found[f"cycles_by_{group}"].items()
-        lines.append(f"    by {group:<8}" + ", ".join(f"{k} {v / found['cycles']:.1%}" for k, v in parts if v > 0))
+        parts = {k: v / found["cycles"] for k, v in found[f"cycles_by_{group}"].items()}
+        lines.append(f"    by {group:<8}" + ", ".join(f"{k} {v:.1%}" for k, v in parts.items() if v >= SHOWN))
     lines.append("  not estimated by the compiler, priced by a stated model:")
-    lines += [f"    {u['cycles']:.2e} cycles  {u['stage']}: {u['model']} ({u['rule']})" for u in found["unpriced"]]
+    for model, rule in {u["model"]: u["rule"] for u in found["unpriced"]}.items():
+        parts = {u["stage"]: u["cycles"] for u in found["unpriced"] if u["model"] == model}
+        most = [f"{k} {v:.2e}" for k, v in parts.items() if v >= SHOWN * cycles]
+        lines.append(f"    {sum(parts.values()):.2e} cycles  {model}{': ' * bool(most)}{', '.join(most)} ({rule})")
     lines.append(
         f"  collectives                       {found['collective_seconds'] * 1e3:.1f} ms at link rate, exposed "
         f"{found['exposed_collective_seconds'] * 1e3:.1f} ms"
     )
     lines += [f"    {axes:<32}{size / GIB:8.2f} GiB a device" for axes, size in found["collective_bytes"].items()]
+    parts = {k: v * 1e3 for k, v in found["exposed_seconds_by_stage"].items()}
+    if parts:
+        lines.append("    exposed     " + ", ".join(f"{k} {v:.1f} ms" for k, v in parts.items() if v >= 0.05))
     lines += [
         f"  step                              {found['predicted_step_seconds'] * 1e3:.1f} ms",
         f"  model FLOPs                       {found['model_flops']:.3e}, MFU {found['predicted_mfu']:.1%}",
