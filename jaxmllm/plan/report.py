@@ -196,9 +196,8 @@ def show_stage(found: dict[str, Any]) -> list[str]:
         f"{found['exposed_collective_seconds'] * 1e3:.1f} ms"
     )
     lines += [f"    {axes:<32}{size / GIB:8.2f} GiB a device" for axes, size in found["collective_bytes"].items()]
-    parts = {k: v * 1e3 for k, v in found["exposed_seconds_by_stage"].items()}
-    if parts:
-        lines.append("    exposed     " + ", ".join(f"{k} {v:.1f} ms" for k, v in parts.items() if v >= 0.05))
+    if waits := [f"{k} {v * 1e3:.1f} ms" for k, v in found["exposed_seconds_by_stage"].items() if v >= 5e-5]:
+        lines.append(f"    exposed     {', '.join(waits)}")
     lines += [
         f"  step                              {found['predicted_step_seconds'] * 1e3:.1f} ms",
         f"  model FLOPs                       {found['model_flops']:.3e}, MFU {found['predicted_mfu']:.1%}",
