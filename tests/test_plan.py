@@ -7,7 +7,6 @@ gathered by parts beside it.
 """
 
 import dataclasses
-import importlib.util
 from types import SimpleNamespace
 
 import jax
@@ -17,8 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxmllm import config as configs
-from jaxmllm import main, mesh
-from jaxmllm.plan import compile as compiling
+from jaxmllm import mesh
 from jaxmllm.plan import flops, hlo, report
 from jaxmllm.plan.chips import CHIPS, topology
 from jaxmllm.plan.kernels import FLASH, SAMPLING, SPLASH
@@ -31,19 +29,15 @@ from tests.conftest import ROOT
 V5P = CHIPS["v5p"]
 
 
-def devices_of(place, shape) -> np.ndarray:
+def network(shape, axes, torus="v5p:2x2x1", slices=1) -> Network:
     """Devices of a torus in row-major order, laid out as a mesh."""
-    grid = list(np.ndindex(*place.shape)) * place.slices
-    size = len(grid) // place.slices
+    place = topology(torus, slices)
+    grid = list(np.ndindex(*place.shape)) * slices
+    size = len(grid) // slices
     devices = [SimpleNamespace(coords=c, core_on_chip=0, slice_index=i // size) for i, c in enumerate(grid)]
     array = np.empty(shape, object)
     array.reshape(-1)[:] = devices[: array.size]
-    return array
-
-
-def network(shape, axes, torus="v5p:2x2x1", slices=1) -> Network:
-    place = topology(torus, slices)
-    return Network(place, axes, devices_of(place, shape))
+    return Network(place, axes, array)
 
 
 def timeline(name: str, shape=(1,), axes=("fsdp",), torus="v5p:2x2x1") -> Timeline:
@@ -329,65 +323,6 @@ def test_flops_of_the_8b_recipe():
 def test_topology_names(text, message):
     with pytest.raises(ValueError, match=message):
         topology(text)
-
-
-def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, capsys):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a))
-    assert main.main(["plan", "configs/llama3_8b.py", "--topology", "v5p:4x4x4"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error and "pip install" in error and "[tpu]" in error
-
-
-def test_memory_messages():
-    used = "Ran out of memory in memory space hbm. Used 43.20G of 31.25G hbm. Exceeded hbm capacity by 11.95G."
-    assert compiling.memory_error(used, 7) == (int(43.2 * 2**30), int(31.25 * 2**30))
-    temporaries = "the total memory required for HLO temporaries (256.00G) exceeds available HBM (30.75G)."
-    assert compiling.memory_error(temporaries, 7) == (256 * 2**30 + 7, int(30.75 * 2**30))
-    with pytest.raises(RuntimeError, match="something else"):
-        compiling.memory_error("something else", 0)
-
-
-@pytest.mark.parametrize("rows_that_fit, words", [(4, "accumulate=4"), (1, "mesh.tensor=2"), (0, None)])
-def test_nearest_setting_that_fits(monkeypatch, rows_that_fit, words):
-    """Fits if a chip has at most so many rows of a micro-batch; 16 a chip to begin with, and one is the least."""
-    run = configs.override(configs.load("configs/llama3_8b.py"), ["stages.text.rows=1024"])
-    place = topology("v5p:4x4x4")
-    memory = {"limit": 90, "trainable": 10, "frozen": 0, "optimizer": 20, "batch": 0}
-
-    def compiled(run, each, place):
-        rows = each.rows / each.accumulate / 64
-        fits = rows <= rows_that_fit if rows_that_fit != 1 else run.mesh.tensor == 2
-        total = 50 if fits else 200
-        return compiling.Program("", compiling.Memory(total, **memory, scratch=total - 30), None, 0.0)
-
-    monkeypatch.setattr(report, "compile_stage", compiled)
-    found = report.nearest(run, run.stages[0], place, compiled(run, run.stages[0], place), lambda text: None)
-    assert (words in found) if words else found is None
-
-
-@pytest.mark.parametrize("name", ["sharded", "rows"])  # the one waits for collectives, the other has prices of ours
-def test_a_plan_as_text(monkeypatch, name):
-    """It names every part that counts, and no crumbs; the figures have all of them."""
-    place = topology("v5p:2x2x1")
-    text = (ROOT / "tests" / "hlo" / f"{name}.txt").read_text()
-    memory = compiling.Memory(4 * 2**30, 90 * 2**30, 2**30, 0, 2**30, 0, 2 * 2**30)
-    program = compiling.Program(text, memory, devices_of(place, (1, 1, 2, 2, 1)), 7.0)
-    monkeypatch.setattr(report, "compile_stage", lambda *_: program)
-    monkeypatch.setattr(report, "model_flops", lambda *_: {"llm": 1e12})
-    found = report.plan(configs.load("configs/llama3_8b.py"), place, say=lambda text: None)
-    waits = found["exposed_seconds_by_stage"]
-    assert sum(waits.values()) == pytest.approx(found["exposed_collective_seconds"])
-    assert waits if name == "sharded" else found["unpriced"]
-    shown = report.show(found)
-    for part, cycles in found["cycles_by_stage"].items():
-        share = f"{part} {cycles / found['cycles']:.1%}"
-        assert (share in shown) == (cycles / found["cycles"] >= report.SHOWN), share
-    for part, seconds in waits.items():
-        assert (f"{part} {seconds * 1e3:.1f} ms" in shown) == (seconds >= 5e-5)
-    for each in found["unpriced"]:
-        assert shown.count(each["rule"]) == 1
-    assert "4.0 of 90.0 GiB" in shown and "compiled in 7 s" in shown
 
 
 # 64 x 4 and 256 x 8 chips. The toy has too few heads to split; 1152, SigLIP's width, is no multiple of 256.

@@ -75,7 +75,7 @@ def plan_stage(run: Run, each: Stage, topology: Topology, say: Callable[[str], N
     return result | timing
 
 
-SHOWN = 0.0005  # share of the cycles below which the text names no part; the JSON has all
+SHOWN = 0.0005  # share of the step below which the text names no part; the JSON has all
 TIMING = (
     "cycles", "cycles_by_stage", "cycles_by_phase", "cycles_by_kind", "cycles_estimated", "unpriced",
     "collective_bytes", "collective_seconds", "exposed_collective_seconds", "exposed_seconds_by_stage",
@@ -184,20 +184,21 @@ def show_stage(found: dict[str, Any]) -> list[str]:
     cycles, own = found["cycles"], found["cycles_estimated"]
     lines.append(f"  cycles                            {cycles:.3e}, of them {own:.3e} estimated by the compiler")
     for group in ("stage", "phase", "kind"):
-        parts = {k: v / found["cycles"] for k, v in found[f"cycles_by_{group}"].items()}
+        parts = {k: v / cycles for k, v in found[f"cycles_by_{group}"].items()}
         lines.append(f"    by {group:<8}" + ", ".join(f"{k} {v:.1%}" for k, v in parts.items() if v >= SHOWN))
     lines.append("  not estimated by the compiler, priced by a stated model:")
-    for model, rule in {u["model"]: u["rule"] for u in found["unpriced"]}.items():
-        parts = {u["stage"]: u["cycles"] for u in found["unpriced"] if u["model"] == model}
-        most = [f"{k} {v:.2e}" for k, v in parts.items() if v >= SHOWN * cycles]
-        lines.append(f"    {sum(parts.values()):.2e} cycles  {model}{': ' * bool(most)}{', '.join(most)} ({rule})")
+    for model, priced in total(found["unpriced"], lambda u: u["model"], lambda u: u["cycles"]).items():
+        most = [u for u in found["unpriced"] if u["model"] == model and u["cycles"] >= SHOWN * cycles]
+        where = ", ".join(f"{u['stage']} {u['cycles']:.2e}" for u in most) or "little anywhere"
+        lines.append(f"    {priced:.2e} cycles  {model}: {where} ({MODELS[model]})")
     lines.append(
         f"  collectives                       {found['collective_seconds'] * 1e3:.1f} ms at link rate, exposed "
         f"{found['exposed_collective_seconds'] * 1e3:.1f} ms"
     )
     lines += [f"    {axes:<32}{size / GIB:8.2f} GiB a device" for axes, size in found["collective_bytes"].items()]
-    if waits := [f"{k} {v * 1e3:.1f} ms" for k, v in found["exposed_seconds_by_stage"].items() if v >= 5e-5]:
-        lines.append(f"    exposed     {', '.join(waits)}")
+    waits, least = found["exposed_seconds_by_stage"], SHOWN * found["predicted_step_seconds"]
+    if shown := [f"{k} {v * 1e3:.1f} ms" for k, v in waits.items() if v >= least]:
+        lines.append(f"    exposed     {', '.join(shown)}")
     lines += [
         f"  step                              {found['predicted_step_seconds'] * 1e3:.1f} ms",
         f"  model FLOPs                       {found['model_flops']:.3e}, MFU {found['predicted_mfu']:.1%}",
