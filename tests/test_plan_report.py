@@ -3,6 +3,7 @@
 import importlib.util
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -31,6 +32,25 @@ def test_memory_messages():
         compiling.memory_error("something else", 0)
 
 
+@pytest.mark.parametrize("error, tries", [(None, 1), ("E1001: CompileTimeScopedVmemOom", 2), ("E1000: no HBM", 1)])
+def test_all_passes_run_where_a_kernel_needs_them(error, tries):
+    calls, said = [], []
+
+    def compiled(options=None):
+        calls.append(options)
+        if options and error:
+            raise jax.errors.JaxRuntimeError(error)
+        return "program"
+
+    lowered = SimpleNamespace(compile=compiled)
+    if error and tries == 1:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no HBM"):
+            compiling.estimated(lowered, said.append)
+    else:
+        assert compiling.estimated(lowered, said.append) == "program"
+    assert calls == [compiling.ESTIMATES_ONLY, None][:tries] and len(said) == tries - 1
+
+
 @pytest.mark.parametrize("rows_that_fit, words", [(4, "accumulate=4"), (1, "mesh.tensor=2"), (0, None)])
 def test_nearest_setting_that_fits(monkeypatch, rows_that_fit, words):
     """Fits if a chip has at most so many rows of a micro-batch; 16 a chip to begin with, and one is the least."""
@@ -38,7 +58,7 @@ def test_nearest_setting_that_fits(monkeypatch, rows_that_fit, words):
     place = topology("v5p:4x4x4")
     memory = {"limit": 90, "trainable": 10, "frozen": 0, "optimizer": 20, "batch": 0}
 
-    def compiled(run, each, place):
+    def compiled(run, each, place, say=None):
         rows = each.rows / each.accumulate / 64
         fits = rows <= rows_that_fit if rows_that_fit != 1 else run.mesh.tensor == 2
         total = 50 if fits else 200

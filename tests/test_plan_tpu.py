@@ -93,6 +93,22 @@ def test_a_gather_costs_its_rows():
     assert cycles(wide, kind="gather") >= 0.9 * 64 * 2**21 / wide.chip.hbm_per_cycle  # here the bytes count
 
 
+@pytest.mark.parametrize("chip", NAMES)
+def test_passes_left_out_of_a_plan_change_no_estimate(chip):
+    from jaxmllm.plan.compile import ESTIMATES_ONLY
+
+    def loss(w, x):
+        def layer(x, w):
+            return jax.nn.gelu(x @ w) / jnp.linalg.norm(x, axis=-1, keepdims=True), None
+
+        return jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum()
+
+    shapes = ((3, 2048, 2048), jnp.bfloat16), ((4096, 2048), jnp.bfloat16)
+    whole, part = (planned(jax.grad(loss), *shapes, name=NAMES[chip], options=o) for o in ({}, ESTIMATES_ONLY))
+    charged = [[(c.kind, c.cycles, c.times) for c in line.charges] for line in (whole, part)]
+    assert len(charged[0]) > 10 and charged[0] == charged[1]
+
+
 @pytest.mark.long
 def test_plan_prints_and_writes_every_figure(tmp_path):
     words = ("plan", "configs/toy.py:tiny", "--topology", "v5p:2x2x1", "--stage", "instruct")
@@ -123,7 +139,7 @@ def test_long_rows_have_no_array_of_scores():
     sizes = {"width": 512, "layers": 2, "kv_heads": 2, "heads": 4, "head_dim": 128, "mlp": 768, "vocab": 1280}
     words = [*(f"model.llm.{k}={v}" for k, v in sizes.items()), f"data.seq_len={s}", "stages.text.rows=8"]
     run = configs.override(configs.load("configs/llama3_8b.py"), words)
-    program = compiling.compile_stage(run, run.stages[0], topology("v5p:2x2x1"))
+    program = compiling.compile_stage(run, run.stages[0], topology("v5p:2x2x1"), print)
     found = [each for part in hlo.parse(program.text).computations.values() for each in part.values()]
     assert {each.name.split("_")[0] for each in found if "_flash_" in each.name} == {"forward", "backward"}
     scores = [each for each in found for array in each.arrays if array.dtype == "f32" and array.dims.count(s) > 1]

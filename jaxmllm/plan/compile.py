@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -23,6 +24,15 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
+# The compiler estimates a kernel before it makes the code fast. A plan wants the estimate: without these passes
+# it takes a fifth less processor time and finds the same cycles (docs/performance.md).
+ESTIMATES_ONLY = {
+    "xla_jf_vliw_scheduler": "false",
+    "xla_jf_xlu_optimizer": "false",
+    "xla_tpu_flowdown_critical_nodes": "false",
+    # Such code spills more registers: a kernel is not to be made again, with smaller windows, for that.
+    "xla_tpu_llo_compilation_max_retries": "0",
 }
 # Two forms of the compiler's message: used and available, or temporaries alone and available.
 _USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
@@ -77,7 +87,7 @@ def devices_of(topology: Topology) -> list:
     return found.devices
 
 
-def compile_stage(run: Run, stage: Stage, topology: Topology) -> Program:
+def compile_stage(run: Run, stage: Stage, topology: Topology, say: Callable[[str], None]) -> Program:
     """Compiles the train step of a stage; a program that does not fit comes back without text."""
     devices = devices_of(topology)
     mesh = run.mesh.build(devices)
@@ -95,13 +105,24 @@ def compile_stage(run: Run, stage: Stage, topology: Topology) -> Program:
         }
         limit = topology.chip.hbm_usable
         try:
-            compiled = lowered.compile()
+            compiled = estimated(lowered, say)
             total, text = peak_bytes(compiled), compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
             total, limit = memory_error(str(error), sum(parts.values()))
             text = ""
     memory = Memory(total, limit, **parts, scratch=max(0, total - sum(parts.values())))
     return Program(text, memory, mesh.devices, time.perf_counter() - start)
+
+
+def estimated(lowered: jax.stages.Lowered, say: Callable[[str], None]) -> jax.stages.Compiled:
+    """Compiles no further than estimates need, or, where a kernel then has no room for spilled registers, wholly."""
+    try:
+        return lowered.compile(ESTIMATES_ONLY)
+    except jax.errors.JaxRuntimeError as error:
+        if "CompileTimeScopedVmemOom" not in str(error):
+            raise
+    say("a kernel fits on the chip with all passes of the compiler only: compiling again, with them ...")
+    return lowered.compile()
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

@@ -52,7 +52,7 @@ def plan(run: Run, topology: Topology, only: str | None = None, say: Callable[[s
 def plan_stage(run: Run, each: Stage, topology: Topology, say: Callable[[str], None]) -> dict[str, Any]:
     """The figures of one stage. Bytes, cycles, FLOPs and seconds are of one step and one device unless named
     otherwise; model_flops are of the whole batch."""
-    program = compile_stage(run, each, topology)
+    program = compile_stage(run, each, topology, say)
     flops = model_flops(run, each)
     memory = dataclasses.asdict(program.memory)
     if program.text:
@@ -150,7 +150,7 @@ def nearest(run: Run, each: Stage, topology: Topology, program: Program, say: Ca
         used = f"{memory.total / GIB:.1f} of {memory.limit / GIB:.1f} GiB"
         say(f"  does not fit ({used}); trying --set {' '.join(words)}")
         stage_now = next(s for s in changed.stages if s.name == each.name)
-        program = compile_stage(changed, stage_now, topology)
+        program = compile_stage(changed, stage_now, topology, say)
         if program.fits:
             return " ".join(words)
     return None
