@@ -1,10 +1,11 @@
-"""MaxText's train step of Llama-3.1-8B through the same TPU compiler, priced as our plans are, into the same table.
+"""Plans MaxText's train step of Llama-3.1-8B with the TPU compiler and adds it to the table of plans.
 
     python benchmarks/maxtext_step.py v5p:4x4x4 remat_policy=minimal_with_context [name=value ...]
 
-Needs Python 3.12 or newer with "maxtext[tpu]" installed and this repository as PYTHONPATH. Set as in ours: 4 rows of
-2048 tokens a chip, weights split over all chips, the same compiler options, splash attention in blocks of 1024 with one
-backward kernel. More of MaxText's settings can be given. MFU is by our count of the FLOPs that the model needs.
+Needs Python 3.12 or newer with "maxtext[tpu]" installed, and PYTHONPATH set to this repository. The arguments after the
+topology are settings of MaxText. The step is priced as the plans of jaxmllm are, and these settings are the same: 4
+rows of 2048 tokens per chip, weights split over all chips, the compiler options. Attention is splash attention in
+blocks of 1024 with one backward kernel. MFU is by jaxmllm's count of the FLOPs that the model needs.
 """
 
 from __future__ import annotations
@@ -45,44 +46,45 @@ SETTINGS = {
     "per_device_batch_size": ROWS,
     "run_name": "plan",
 }
-CORES = {"v5p": 2, "v4": 2}  # counted in the names of MaxText's topologies
+CORES = {"v5p": 2, "v4": 2}  # per chip; MaxText's names of topologies count cores
 
 
-def compile_step(words: list[str]) -> tuple:
-    """(program, mesh, seconds) of MaxText's step."""
-    found = []
+def compile_step(settings: list[str]) -> tuple:
+    """Compiles MaxText's step -> (program, mesh, seconds of compiling)."""
+    compiled = []
 
     def jit_and_compile(step, inputs, named, mesh, in_shard, out_shard, static, donate, config, rules):
         start = time.perf_counter()
         with jax.set_mesh(mesh), rules:
             jitted = jax.jit(step, in_shardings=in_shard, out_shardings=out_shard, static_argnums=static,
                              donate_argnums=donate, compiler_options=options(mesh))  # fmt: skip
-            found.append((jitted.lower(*inputs, **named).compile(), mesh, time.perf_counter() - start))
-        return found[0][0]
+            compiled.append((jitted.lower(*inputs, **named).compile(), mesh, time.perf_counter() - start))
+        return compiled[0][0]
 
     train_compile.jit_and_compile = jit_and_compile
-    train_compile.main(["", str(Path(maxtext.__file__).parent / "configs" / "base.yml"), *words])
-    return found[0]
+    train_compile.main(["", str(Path(maxtext.__file__).parent / "configs" / "base.yml"), *settings])
+    return compiled[0]
 
 
-def main(place: str, *words: str) -> None:
-    place = topology(place)
-    where = {
-        "compile_topology": f"{place.chip.name}-{place.chips * CORES.get(place.chip.name, 1)}",
-        "ici_fsdp_parallelism": place.chips,
+def main(name: str, *settings: str) -> None:
+    """Compiles the step for the topology `name` with these settings of MaxText, and writes its row of the table."""
+    tpu = topology(name)
+    size = {
+        "compile_topology": f"{tpu.chip.name}-{tpu.chips * CORES.get(tpu.chip.name, 1)}",
+        "ici_fsdp_parallelism": tpu.chips,
     }
-    program, mesh, seconds = compile_step([*(f"{k}={v}" for k, v in (SETTINGS | where).items()), *words])
-    line = Timeline(parse(program.as_text()), place.chip, Network(place, mesh.axis_names, mesh.devices))
+    program, mesh, seconds = compile_step([*(f"{k}={v}" for k, v in (SETTINGS | size).items()), *settings])
+    timeline = Timeline(parse(program.as_text()), tpu.chip, Network(tpu, mesh.axis_names, mesh.devices))
     kept = json.loads(plans.KEPT.read_text())
-    flops = kept[f"llama3_8b.py {place.name}"]["model_flops"] / place.chips
-    kept[" ".join(["MaxText 0.2.5", place.name, *words])] = {
+    flops = kept[f"llama3_8b.py {tpu.name}"]["model_flops"] / tpu.chips
+    kept[" ".join(["MaxText 0.2.5", tpu.name, *settings])] = {
         "hbm_bytes": peak_bytes(program),
-        "hbm_limit_bytes": place.chip.hbm_usable,
-        "cycles": sum(c.cycles for c in line.charges),
-        "exposed_collective_seconds": sum(c.exposed for c in line.charges),
-        "predicted_step_seconds": line.seconds,
-        "predicted_mfu": flops / line.seconds / place.chip.flops,
-        "tokens_per_second_per_chip": ROWS * LENGTH / line.seconds,
+        "hbm_limit_bytes": tpu.chip.hbm_usable,
+        "cycles": sum(c.cycles for c in timeline.charges),
+        "exposed_collective_seconds": sum(c.exposed for c in timeline.charges),
+        "predicted_step_seconds": timeline.seconds,
+        "predicted_mfu": flops / timeline.seconds / tpu.chip.flops,
+        "tokens_per_second_per_chip": ROWS * LENGTH / timeline.seconds,
         "compile_seconds": seconds,
     }
     plans.write(kept)

@@ -1,11 +1,11 @@
-"""The toy's visual path at full size, with Cambrian-1's 8B recipe (Tong et al. 2024, arXiv 2406.16860).
+"""The toy's visual path at full size, trained by Cambrian-1's 8B recipe (Tong et al. 2024, arXiv 2406.16860).
 
     336 px -> CLIP ViT-L/14, 5 taps -> MMFuser   \
                                                   SVA, 24 x 24 queries, 3 layers -> Llama-3-8B, 10 SVA layers inside
     518 px -> DINOv2 ViT-L/14, 5 taps -> MMFuser /
 
-Two encoders instead of Cambrian-1's four, which `cambrian_8b.py:published` has. Tokenizer, pictures and conversations
-are the user's: paths under data/.
+It has two encoders instead of Cambrian-1's four; `cambrian_8b.py:published` has all four. Bring your own tokenizer,
+pictures and conversations, under data/.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxmllm.encoders.presets import cambrian, clip_l_336, dinov2_l
 from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms import presets
-from jaxmllm.llms.inserts import Inserts
+from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
 
 WIDTH, GRID = 1024, 24
@@ -31,9 +31,7 @@ def model() -> MLLM:
         },
         fusers={"clip": MMFuser(), "dino": MMFuser()},
         aggregator=SVA(WIDTH, llm_width=4096, grid=GRID, depth=3),
-        llm=presets.llama3_8b(
-            inserts=Inserts(start=0, stride=3, count=10), insert=SVALayer(WIDTH), remat="projections"
-        ),
+        llm=presets.llama3_8b(inserts=VisualInserts(SVALayer(WIDTH), start=0, stride=3, count=10), remat="projections"),
         distill={},
     )
 
@@ -46,7 +44,7 @@ def config() -> Run:
     return Run(
         name="cambrian_8b",
         model=model(),
-        # A row holds about two pictures of 600 tokens and what is said about them.
+        # A row holds about two pictures of 600 tokens each and the conversations about them.
         data=Data("data/llama3/tokenizer", LLAMA3, seq_len=2048, image_slots=2),
         stages=(
             Stage(
@@ -58,7 +56,7 @@ def config() -> Run:
 
 
 def published() -> Run:
-    """Cambrian-1's own visual path: four encoders' last maps, ConvNeXt's with windows of 4 x 4 cells."""
+    """Cambrian-1's own visual path: the last maps of four encoders, ConvNeXt's in windows of 4 x 4 cells."""
     base, encoders = config(), cambrian(GRID)
     model = base.model.clone(encoders=encoders, fusers={name: Single() for name in encoders})
     return dataclasses.replace(base, name="cambrian_8b_published", model=model)

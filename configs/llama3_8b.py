@@ -1,6 +1,7 @@
-"""A plain language model of Llama-3-8B's sizes on packed text: what the visual path's cost is compared with.
+"""A plain language model with the sizes of Llama-3-8B on packed text, with which the cost of the visual path is
+compared.
 
-Tokenizer and text are the user's; `jaxmllm plan` reads neither.
+Bring your own tokenizer and text; `jaxmllm plan` needs neither.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ def config() -> Run:
 
 
 def long() -> Run:
-    """Rows of 8192 tokens, as many tokens a step."""
+    """Rows of 8192 tokens, with the same number of tokens per step."""
     base = config()
     stages = tuple(dataclasses.replace(stage, rows=64) for stage in base.stages)
     data = dataclasses.replace(base.data, seq_len=8192)

@@ -1,4 +1,4 @@
-"""The default everyone runs: every stage of the visual path, learned from nothing on two CPU cores in minutes.
+"""The default recipe: every part of the visual path, trained from random weights on two CPU cores in minutes.
 
     48 px -> CLIP-like ViT, 3 taps -> MMFuser \
                                                SVA, 6 x 6 queries -> decoder with one SVA layer inside
@@ -15,13 +15,13 @@ from jaxmllm.encoders.vit import ViT
 from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms.decoder import Decoder
-from jaxmllm.llms.inserts import Inserts
+from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
 
 SCENES = "data/scenes"
 GRID, WIDTH = 6, 96
-SMALL = {"remat": "none", "unroll": True}  # a toy fits: save everything, unroll the few layers
+SMALL = {"remat": "none", "unroll": True}  # a toy fits in memory: save everything, unroll the few layers
 
 
 def model() -> MLLM:
@@ -40,8 +40,7 @@ def model() -> MLLM:
             kv_heads=4,
             mlp=192,
             tied=True,
-            inserts=Inserts(start=0, stride=2, count=1),
-            insert=SVALayer(width=96, heads=4),
+            inserts=VisualInserts(SVALayer(width=96, heads=4), start=0, stride=2, count=1),
             **SMALL,
         ),
         distill={"depth": regress(4), "seg": regress(16, blocks=0)},
@@ -50,9 +49,9 @@ def model() -> MLLM:
 
 
 def regress(dim: int, blocks: int = 1) -> EmbedDistill:
-    """VisPer-LM's regression of a map, behind the first decoder layer: the visual path itself must carry it.
+    """VisPer-LM's regression of a map, after the first decoder layer, so that the visual path itself must carry it.
 
-    Without blocks the predictor is linear in the state of the visual token at each place.
+    Without blocks the predictor is linear in the state of the visual token at each cell.
     """
     cells = GRID * GRID
     return EmbedDistill(
@@ -82,9 +81,9 @@ def config() -> Run:
         model=model(),
         data=Data(f"{SCENES}/tokenizer", TOY, seq_len=240, image_slots=3, targets=MapTargets(GRID), shards=4),
         stages=(
-            # Captions and maps: the visual path learns what there is and where.
+            # Captions and maps: the visual path learns what is in the picture, and where.
             Stage("align", (captions,), 150, 12, (Rule(".*"),), losses, first),
-            # Questions, and the maps still.
+            # Questions and captions, still with the maps.
             Stage("instruct", (questions, captions), 1150, 12, (Rule(".*"),), losses, optim),
         ),
         compute_dtype="float32",
@@ -92,10 +91,11 @@ def config() -> Run:
 
 
 def tiny() -> Run:
-    """Two layers of everything and a handful of steps: what the tests run."""
+    """Two layers of each part and a few steps, for the tests."""
     base = config()
     vit = {"width": 32, "layers": 2, "heads": 2, "mlp": 32, "stem": ()}
     parts = base.model
+    inserts = dataclasses.replace(parts.llm.inserts, layer=SVALayer(width=32, heads=2))
     model = parts.clone(
         encoders={
             "clip": parts.encoders["clip"].clone(taps=(1, 2), **vit),
@@ -103,7 +103,7 @@ def tiny() -> Run:
         },
         fusers={"clip": MMFuser(heads=2, points=2), "dino": Single()},
         aggregator=SVA(width=32, llm_width=32, grid=GRID, depth=1, heads=2),
-        llm=parts.llm.clone(width=32, layers=3, heads=2, kv_heads=2, mlp=32, insert=SVALayer(width=32, heads=2)),
+        llm=parts.llm.clone(width=32, layers=3, heads=2, kv_heads=2, mlp=32, inserts=inserts),
         distill={k: v.clone(width=32, predictor_width=16, head_dim=8) for k, v in parts.distill.items()},
     )
     stages = tuple(dataclasses.replace(stage, steps=4, rows=8) for stage in base.stages)

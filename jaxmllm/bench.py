@@ -1,11 +1,14 @@
-"""Real training steps on whatever device is there: rates, share of the peak, waiting for data, memory.
+"""Times real training steps on the devices at hand: rates, share of the peak, waits for data, memory.
 
-synthetic   one random batch whose rows and image slots are all full, as `jaxmllm plan` assumes
-real        batches of the recipe's own loader; what a step waits for is said apart
+The data is either one random batch whose rows and image slots are all full, as `jaxmllm plan` assumes, or batches of
+the config's own loader; the time that a step waits for its batch is reported separately.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,14 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmllm import mesh as meshes
+from jaxmllm import host_batches
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import Run, Stage
+from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.data.build import make_loader
 from jaxmllm.plan.chips import CHIPS
 from jaxmllm.plan.compile import peak_bytes
 from jaxmllm.plan.flops import model_flops
 from jaxmllm.train.setup import initial_params, stage_program
 
+WARM_UP = 2  # steps that are not counted
 # bf16 FLOP/s of one device by the start of its device_kind. GPUs: NVIDIA's data sheets, dense, SXM.
 PEAKS = {
     "TPU v4": CHIPS["v4"].flops, "TPU v5 lite": CHIPS["v5e"].flops, "TPU v5": CHIPS["v5p"].flops,
@@ -29,8 +34,16 @@ PEAKS = {
 }  # fmt: skip
 
 
+def choose_stage(run: Run, name: str | None = None) -> Stage:
+    """The stage of this name, by default the last. Raises ConfigError if there is none."""
+    stages = {stage.name: stage for stage in run.stages}
+    if name and name not in stages:
+        raise ConfigError(f"--stage {name}: {run.name} has the stages {', '.join(stages)}")
+    return stages[name or run.stages[-1].name]
+
+
 def synthetic(run: Run, stage: Stage, rows: int) -> Batch:
-    """A numpy batch of `rows` rows: as many images in front as fit, then random text; one sample a row."""
+    """A numpy batch of `rows` rows of one sample each: as many images as fit, then random text."""
     data, model, random = run.data, run.model, np.random.default_rng(run.seed)
     batch = empty_batch(model.layout, rows, data.seq_len, data.image_slots, model.target_shapes)
     block = model.layout.block
@@ -49,23 +62,34 @@ def synthetic(run: Run, stage: Stage, rows: int) -> Batch:
     return batch
 
 
-def bench(run: Run, stage: Stage, steps: int, batches: Iterator[Batch] | None = None) -> dict[str, Any]:
-    """Times `steps` steps after two that are not counted. batches: this process's rows, else a synthetic batch.
+@contextlib.contextmanager
+def real_batches(run: Run, stage: Stage) -> Iterator[Iterator[Batch]]:
+    """This process's rows of the config's own data; unusable samples are noted in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder, make_loader(run, stage, folder) as loader:
+        yield (batch for batch, _ in loader)
 
-    Returns seconds per step (median), its data wait and compile time, rates per device, FLOP/s by stage and,
-    where the device's peak is known, MFU; peak memory of a device in bytes, as it counts it ("device") or, where it
-    does not, as the compiler reckons it ("compiler").
+
+def measure(run: Run, stage: Stage, steps: int, real: bool = False) -> dict[str, Any]:
+    """Times `steps` steps after two that are not counted, on the config's data (`real`) or on a synthetic batch.
+
+    Returns seconds per step (median), its data wait and compile time, rates per device, FLOP/s by component and,
+    where the device's peak is known, MFU. Peak memory of a device is in bytes, as the device counts it ("device") or,
+    where it does not, as the compiler estimates it ("compiler").
     """
     mesh = run.mesh.build()
     devices = mesh.devices.size
-    fixed = None if batches else synthetic(run, stage, stage.rows // meshes.own_part(mesh)[1])
-    with jax.set_mesh(mesh):
-        _, fresh, step = stage_program(run, stage, mesh)
-        state = jax.jit(lambda: fresh(initial_params(run)))()
+    if real:
+        data = real_batches(run, stage)
+    else:
+        rows = stage.rows // host_batches.process_rows(mesh)[1]
+        data = contextlib.nullcontext(itertools.repeat(synthetic(run, stage, rows)))
+    with data as batches, jax.set_mesh(mesh):
+        _, new_state, step = stage_program(run, stage, mesh)
+        state = jax.jit(lambda: new_state(initial_params(run)))()
         waits, times, compiled = [], [], None
-        for _ in range(steps + 2):
+        for _ in range(steps + WARM_UP):
             start = time.perf_counter()
-            batch = meshes.to_global(next(batches) if batches else fixed, mesh)
+            batch = host_batches.global_from_rows(next(batches), mesh)
             waits.append(time.perf_counter() - start)
             if compiled is None:
                 start = time.perf_counter()
@@ -76,7 +100,7 @@ def bench(run: Run, stage: Stage, steps: int, batches: Iterator[Batch] | None = 
             jax.block_until_ready(metrics)
             times.append(time.perf_counter() - start)
         loss = float(metrics["loss"])
-    seconds, flops = float(np.median(times[2:])), model_flops(run, stage)
+    seconds, flops = float(np.median(times[WARM_UP:])), model_flops(run, stage)
     kind, per_second = jax.devices()[0].device_kind, 1 / seconds / devices
     peak = next((value for name, value in PEAKS.items() if kind.startswith(name)), None)
     counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -85,17 +109,28 @@ def bench(run: Run, stage: Stage, steps: int, batches: Iterator[Batch] | None = 
         "stage": stage.name,
         "device": kind,
         "devices": devices,
-        "data": "real" if batches else "synthetic",
+        "data": "real" if real else "synthetic",
         "loss": loss,
         "compile_seconds": compile_seconds,
         "step_seconds": seconds,
-        "data_wait_seconds": float(np.median(waits[2:])),
+        "data_wait_seconds": float(np.median(waits[WARM_UP:])),
         "tokens_per_second_per_device": stage.rows * run.data.seq_len * per_second,
         "images_per_second_per_device": stage.rows * run.data.image_slots * per_second,
         "model_flops": sum(flops.values()),
-        "flops_per_second_by_stage": {name: value * per_second for name, value in flops.items()},
+        "flops_per_second_by_component": {name: value * per_second for name, value in flops.items()},
         "mfu": sum(flops.values()) * per_second / peak if peak else None,
-        "mfu_by_stage": {name: value * per_second / peak for name, value in flops.items()} if peak else None,
+        "mfu_by_component": {name: value * per_second / peak for name, value in flops.items()} if peak else None,
         "peak_memory_bytes": counted or peak_bytes(compiled),
         "peak_memory_from": "device" if counted else "compiler",
     }
+
+
+def show(found: dict[str, Any]) -> str:
+    """What `measure` found as text, one line per figure."""
+    lines = []
+    for name, value in found.items():
+        parts = value if isinstance(value, dict) else {}
+        text = f"{value:,.6g}" if isinstance(value, float) else "" if parts else str(value)
+        lines.append(f"{name:<32}{text}")
+        lines += [f"  {part:<30}{share:,.4g}" for part, share in parts.items()]
+    return "\n".join(lines)

@@ -1,7 +1,8 @@
 """The vocabulary of a recipe: frozen dataclasses, dotted overrides, JSON.
 
-A recipe is a Python file with a function `config() -> Run`; another function of the file is a variant
-(`configs/toy.py:name`). Model parts are Flax modules, which are dataclasses too, so the config *is* the model.
+A recipe is a Python file with a function `config() -> Run`; every other function of the file is a variant
+(`configs/toy.py:name`). The parts of the model are Flax modules, which are dataclasses too, so the config *is* the
+model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxmllm.mesh import Mesh
 
 
 class ConfigError(ValueError):
-    """What the user asked for is wrong; the message is one line that says what and how to mend it."""
+    """What the user asked for is wrong; the message is one line that says what is wrong and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +43,21 @@ class Data:
     template: Any  # data.templates.ChatTemplate
     seq_len: int  # S, tokens of a row
     image_slots: int  # I, images of a row
-    targets: Any = None  # where teacher targets come from (data.targets), if any
-    shards: int = 8  # virtual shards; processes must divide it, and resume works on any number that does
+    targets: Any = None  # data.targets: where the teachers' targets come from
+    shards: int = 8  # virtual shards; the number of processes must divide it, and may change on resume
     packing: bool = True
-    max_bad: int = 1000  # stop once more samples than this are unusable
-    tiling: Any = None  # data.tiling.Tiling: pictures are seen in tiles too
-    fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size: faster, pixels differ slightly
+    max_bad: int = 1000  # stop when more samples than this are unusable
+    tiling: Any = None  # data.tiling.Tiling: pictures are also shown in tiles
+    fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size: faster, but pixels differ slightly
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How parameters whose path matches the regex are trained; the first match counts, and each needs one."""
+    """How parameters are trained whose path matches the regex. The first matching rule counts; each path needs one."""
 
     pattern: str
-    lr: float | None = 1.0  # factor on the learning rate; None = frozen
-    decay: bool = True  # weight decay
+    lr: float | None = 1.0  # factor of the learning rate; None: frozen
+    decay: bool = True  # whether weight decay applies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,25 +65,25 @@ class Optim:
     """AdamW with linear warm-up and cosine decay."""
 
     lr: float
-    warmup: float = 0.03  # share of the steps
-    final: float = 0.0  # of the peak rate
+    warmup: float = 0.03  # as a share of the steps
+    final: float = 0.0  # as a share of the peak rate
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    clip: float | None = 1.0  # global gradient norm
+    clip: float | None = 1.0  # largest global gradient norm
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training stage; it starts from the parameters of the one before."""
+    """One training stage; it starts from the parameters of the previous stage."""
 
     name: str
     sources: tuple[Source, ...]
     steps: int
     rows: int  # B, rows of the global batch
     rules: tuple[Rule, ...]
-    losses: dict[str, float]  # objective -> weight; objectives that are not named are not computed
+    losses: dict[str, float]  # objective -> weight; other objectives are not computed
     optim: Optim
     accumulate: int = 1  # micro-batches per step
 
@@ -103,7 +104,11 @@ class Run:
     keep: int = 2  # checkpoints per stage
 
 
-# What may differ between a checkpoint's config and the one that resumes it.
+# The format of config.json, and the version of jaxmllm that reads each. It changes when older workdirs cannot be read.
+FORMAT = 2
+READ_BY = {1: "0.1", 2: "0.2"}
+
+# Fields that may change when a run resumes.
 RESUMABLE = ("mesh", "log_every", "save_every", "keep", "data.max_bad")
 
 
@@ -131,7 +136,7 @@ def suggest(name: str, known: Any) -> str:
 
 
 def field_names(node: Any) -> list[str]:
-    """Names of the settable fields of a dataclass or Flax module."""
+    """Names of the fields of a dataclass or Flax module that can be set."""
     return [
         f.name
         for f in dataclasses.fields(node)
@@ -188,8 +193,28 @@ def _checked(old: Any, new: Any, assignment: str) -> Any:
     return new
 
 
+def to_document(run: Run) -> dict[str, Any]:
+    """Run -> what config.json holds: the config as JSON data, and the number of its format."""
+    return {"format": FORMAT, **to_json(run)}
+
+
+def from_document(document: Any, path: str) -> Run:
+    """The inverse of `to_document`. Raises ConfigError, naming `path`, for another format."""
+    check_format(document, path)
+    return from_json({key: value for key, value in document.items() if key != "format"})
+
+
+def check_format(document: Any, path: str) -> None:
+    """Raises ConfigError, naming `path` and the version that reads it, unless the document has today's format."""
+    found = document.get("format", 1) if isinstance(document, dict) else None
+    if found == FORMAT:
+        return
+    reader = f"jaxmllm {READ_BY[found]} reads it" if found in READ_BY else "a newer jaxmllm may read it"
+    raise ConfigError(f"{path} has format {found}, and this version reads format {FORMAT}; {reader}")
+
+
 def to_json(node: Any) -> Any:
-    """Config -> plain JSON data; objects carry their class, so `from_json` can build them again."""
+    """Config -> plain JSON data. Objects carry the name of their class, so that `from_json` can build them again."""
     if dataclasses.is_dataclass(node):
         kind = f"{type(node).__module__}:{type(node).__qualname__}"
         return {"class": kind} | {name: to_json(getattr(node, name)) for name in field_names(node)}
@@ -199,7 +224,7 @@ def to_json(node: Any) -> Any:
 
 
 def from_json(data: Any) -> Any:
-    """The inverse of `to_json`. Only classes of this package are built."""
+    """The inverse of `to_json`. Builds classes of this package only."""
     if isinstance(data, list):
         return tuple(from_json(v) for v in data)
     if not isinstance(data, dict):
@@ -214,7 +239,7 @@ def from_json(data: Any) -> Any:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Dotted paths at which two `to_json` results differ, with both values."""
+    """Dotted paths where two `to_json` results differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [k for k in {**old, **new}]
         parts = (differences(old.get(k), new.get(k), path if k == "dict" else f"{path}.{k}".lstrip(".")) for k in keys)
@@ -225,8 +250,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def check_resumable(saved: Any, run: Run, workdir: str) -> None:
-    """Raises ConfigError if the workdir belongs to another config (fields in RESUMABLE may differ)."""
-    lines = [d for d in differences(saved, to_json(run)) if not d.startswith(RESUMABLE)]
+    """Raises ConfigError if the workdir has another format or another config; fields in RESUMABLE may differ."""
+    check_format(saved, f"{workdir}/config.json")
+    lines = [d for d in differences(saved, to_document(run)) if not d.startswith(RESUMABLE)]
     if lines:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Shared fixtures: a small data set made once, and the command line in a process of its own."""
+"""Shared helpers: a small data set made once, and the command line in processes of its own."""
 
 import os
 import socket
@@ -11,16 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The same few programs are compiled by many processes; one folder lets the later ones read them.
+# Many processes compile the same few programs; with one folder the later ones read them from the cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jaxmllm-xla-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Compiling is most of what the tests do; programs this small run as fast without XLA's costly passes.
+# The tests spend most of their time compiling; programs this small run as fast without XLA's costly passes.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 
 def simulated(devices: int) -> dict[str, str]:
-    """The environment of a process that sees so many CPU devices."""
+    """The environment of a process that sees this many CPU devices."""
     flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
@@ -28,13 +28,13 @@ def simulated(devices: int) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """Composed scenes: 160 for training, 24 held out."""
-    from jaxmllm.data.scene_files import make_scenes
+    from jaxmllm.scenes.files import make_scenes
 
     return make_scenes(tmp_path_factory.mktemp("data") / "scenes", train=160, heldout=24, processes=1)
 
 
 def settings(scenes: Path, config: str = "configs/toy.py:tiny", **values) -> list[str]:
-    """Command-line words: a config that reads `scenes`, with fields set."""
+    """Command-line arguments: a config that reads `scenes`, with the fields `values` overridden."""
     values = {
         "data.tokenizer": scenes / "tokenizer",
         "stages.align.sources.0.path": scenes / "align.jsonl",
@@ -45,15 +45,15 @@ def settings(scenes: Path, config: str = "configs/toy.py:tiny", **values) -> lis
     return [config, "--set", *(f"{key}={value}" for key, value in values.items())]
 
 
-def start_processes(count: int, devices: int, *words, prefix: tuple[str, ...] = ("-m", "jaxmllm.main")) -> list:
-    """Starts `python -m jaxmllm.main WORDS` in processes that find each other, each with so many CPU devices."""
+def start_processes(count: int, devices: int, *args, prefix: tuple[str, ...] = ("-m", "jaxmllm")) -> list:
+    """Starts `python -m jaxmllm ARGS` in `count` processes that find each other, each with `devices` CPU devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
-            [sys.executable, *prefix, *map(str, words)],
+            [sys.executable, *prefix, *map(str, args)],
             cwd=ROOT,
             env={**simulated(devices), **common, "JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
@@ -65,16 +65,16 @@ def start_processes(count: int, devices: int, *words, prefix: tuple[str, ...] = 
 
 
 def finish(processes: list) -> list[tuple[str, str]]:
-    """Waits for processes, all of which must succeed: (stdout, stderr) of each."""
-    said = [process.communicate(timeout=900) for process in processes]
-    assert not any(process.returncode for process in processes), said
-    return said
+    """Waits for processes, which must all succeed, and returns (stdout, stderr) of each."""
+    outputs = [process.communicate(timeout=900) for process in processes]
+    assert not any(process.returncode for process in processes), outputs
+    return outputs
 
 
-def jaxmllm(*words, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
-    """Runs `python -m jaxmllm.main WORDS` from the repository's root, on simulated CPU devices."""
+def jaxmllm(*args, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Runs `python -m jaxmllm ARGS` from the repository's root, on simulated CPU devices."""
     done = subprocess.run(
-        [sys.executable, "-m", "jaxmllm.main", *map(str, words)],
+        [sys.executable, "-m", "jaxmllm", *map(str, args)],
         cwd=ROOT,
         env={**simulated(devices), **(env or {})},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""`python -m tests.encoder_mesh NAME`: an encoder on fsdp 2 x tensor 2 against itself on one device, as JSON."""
+"""`python -m tests.encoder_mesh NAME` compares an encoder on fsdp 2 x tensor 2 with one device and prints JSON."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmllm import mesh
+from jaxmllm import mesh, sharded
 from jaxmllm.encoders.convnext import ConvNeXt
 from jaxmllm.encoders.efficientnet import EfficientNet
 from jaxmllm.encoders.swin import Swin
@@ -35,17 +35,18 @@ def main(name: str) -> None:
     params = jax.jit(lambda x: module.init(jax.random.key(0), x)["params"])(images)
     (_, one), one_grads = run(params, images)
     with jax.set_mesh(mesh.Mesh(fsdp=2, tensor=2).build()):
-        x = mesh.shard(jnp.asarray(images), "batch")
+        x = sharded.shard(jnp.asarray(images), "batch")
         places = jax.tree.map(lambda w: w.sharding, jax.jit(lambda x: module.init(jax.random.key(0), x)["params"])(x))
         (_, four), four_grads = run(jax.device_put(params, places), x)
 
-    def apart(a, b):
+    def difference(a, b):
+        """The largest difference, relative to the largest value."""
         return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(a)).max())
 
     grads = {jax.tree_util.keystr(path): g for path, g in jax.tree.leaves_with_path(one_grads)}
     pairs = zip(grads.items(), jax.tree.leaves(four_grads))
-    worst = max((apart(a, b), path) for (path, a), b in pairs if np.abs(a).max() > 1e-8)
-    print(json.dumps({"output": apart(one, four), "gradient": worst}))
+    worst = max((difference(a, b), path) for (path, a), b in pairs if np.abs(a).max() > 1e-8)
+    print(json.dumps({"output": difference(one, four), "gradient": worst}))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""`python -m tests.equal_meshes CASE ..`: loss and every gradient on a mesh against one device.
+"""Compares loss and every gradient on a mesh with those on one device: `python -m tests.equal_meshes CASE ..`
 
-A case is "axis=size,..", with "/remat", "/scan", "/rows" or "/parts" behind it: blocks are computed again in the
-backward pass, layers are scanned, every sample has a row of its own, rows come in two micro-batches. The reference
-does none of these. With micro-batches the contrastive part of the teachers' losses is off, since an image is compared
-with those of its own micro-batch. The model is the tiny recipe with eight heads, so that every axis can have size 8,
-and all weights of 512 elements are split over fsdp. Gradients are those of the train step itself: an optimizer that
-only keeps them.
+A case is "axis=size,..", optionally followed by some of these:
 
-Prints one JSON line a case, what its compiled program sends between devices among it. The case "wrong" is a program
-that sends what must not be sent.
+    /remat   blocks are computed again in the backward pass
+    /scan    layers are scanned
+    /rows    every sample has a row of its own
+    /parts   rows come in two micro-batches
+
+The reference does none of these. With micro-batches the contrastive part of the teachers' losses is off in both, since
+an image is compared with the other images of its micro-batch. The model is the tiny recipe with eight heads, so that
+every axis can have size 8. All weights of 512 elements or more are split over fsdp. The gradients are those of the
+train step itself, with an optimizer that only keeps them.
+
+Prints one JSON line per case, which also says what the compiled program sends between devices. The case "wrong" is a
+program that sends what must not be sent.
 """
 
 import dataclasses
@@ -24,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
-from jaxmllm.batch import Batch
+from jaxmllm.batch import IGNORE_LABEL, Batch
 from jaxmllm.config import Run, load, override
-from jaxmllm.data.loader import join
-from jaxmllm.data.samples import Sample, image_places
+from jaxmllm.data.loader import make_batch
+from jaxmllm.data.samples import Sample, visual_indices
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.objectives.next_token import Chunks
 from jaxmllm.train.checkpoint import abstract_on
@@ -37,57 +43,61 @@ from jaxmllm.train.state import TrainState
 from jaxmllm.train.step import make_step
 from tests import collectives
 
-SPLIT = 512  # elements from which on a weight is split over fsdp
+MIN_FSDP_SIZE = 512  # elements; smaller weights are not split over fsdp
 ROWS, S, SLOTS = 8, 128, 2
 LOSSES = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
-HEADED = ("encoders.clip", "encoders.dino", "fusers.clip", "aggregator", "llm", "llm.insert", "distill.depth")
+# Fields of the model that have `heads`.
+HEADED = ("encoders.clip", "encoders.dino", "fusers.clip", "aggregator", "llm", "llm.inserts.layer", "distill.depth")
 HEADED += ("distill.seg",)
 
 
 def recipe(remat: str, unroll: bool | int, contrast: bool) -> Run:
-    """The tiny recipe; remat and unroll are those of all its stacks. contrast: teachers' losses have that part."""
-    words = [f"model.{part}.heads=8" for part in HEADED]
-    words += ["model.llm.kv_heads=8", "model.distill.seg.blocks=1", f"data.seq_len={S}", f"data.image_slots={SLOTS}"]
-    words += ["model.llm.tied=False", "model.vocab_chunk=72"]  # in chunks that overlap
+    """The tiny recipe with this remat and unroll for all stacks. contrast: the teachers' losses have their contrastive
+    part."""
+    overrides = [f"model.{part}.heads=8" for part in HEADED]
+    overrides += ["model.llm.kv_heads=8", "model.distill.seg.blocks=1"]
+    overrides += [f"data.seq_len={S}", f"data.image_slots={SLOTS}"]
+    overrides += ["model.llm.tied=False", "model.vocab_chunk=72"]  # chunks that overlap
     if not contrast:
-        words += [f"model.distill.{name}.contrastive=0" for name in ("depth", "seg")]
-    run = override(load("configs/toy.py:tiny"), words)
+        overrides += [f"model.distill.{name}.contrastive=0" for name in ("depth", "seg")]
+    run = override(load("configs/toy.py:tiny"), overrides)
     encoders = {k: e.clone(remat=remat, unroll=unroll) for k, e in run.model.encoders.items()}
     llm = run.model.llm.clone(remat=remat, unroll=unroll)
     return dataclasses.replace(run, model=run.model.clone(encoders=encoders, llm=llm))
 
 
 def samples(run: Run) -> list[Sample]:
-    """Two for every row, each at most half as long: words alone, or a picture and words."""
+    """Two samples for every row, each at most half as long as a row: text only, or an image and text."""
     random, model = np.random.default_rng(0), run.model
     layout, shapes = model.layout, model.target_shapes
     made = []
     for i in range(2 * ROWS):
-        m, n = int(i % 3 > 0), S // 2 - i % 5
-        tokens = random.integers(6, 60, n).astype(np.int32)
-        visual = np.full(n, -1, np.int32)
-        places = image_places(0, (4, 3), layout) if m else []
-        visual[2 : 2 + len(places)] = places
-        labels = np.where((visual < 0) & (random.random(n) < 0.5), tokens, -100).astype(np.int32)
-        pixels = {k: random.integers(0, 256, (m, e.size, e.size, 3), np.uint8) for k, e in layout.encoders.items()}
-        padding = {k: np.tile(np.int32([0, e.grid // 6]), (m, 1)) for k, e in layout.encoders.items()}
-        targets = {k: random.standard_normal((m, *s)).astype(np.float32) for k, s in shapes.items()}
-        masks = {k: np.ones(m, bool) for k in shapes}
-        made.append(Sample(i, tokens, labels, visual, pixels, padding, targets, masks, m))
+        images, length = int(i % 3 > 0), S // 2 - i % 5
+        tokens = random.integers(6, 60, length).astype(np.int32)
+        visual_index = np.full(length, -1, np.int32)
+        indices = visual_indices(0, (4, 3), layout) if images else []
+        visual_index[2 : 2 + len(indices)] = indices
+        is_label = (visual_index < 0) & (random.random(length) < 0.5)
+        labels = np.where(is_label, tokens, IGNORE_LABEL).astype(np.int32)
+        pixels = {k: random.integers(0, 256, (images, e.size, e.size, 3), np.uint8) for k, e in layout.encoders.items()}
+        padding = {k: np.tile(np.int32([0, e.grid // 6]), (images, 1)) for k, e in layout.encoders.items()}
+        targets = {k: random.standard_normal((images, *s)).astype(np.float32) for k, s in shapes.items()}
+        target_mask = {k: np.ones(images, bool) for k in shapes}
+        made.append(Sample(i, tokens, labels, visual_index, pixels, padding, targets, target_mask, images))
     return made
 
 
 def batch(run: Run, packed: bool) -> Batch:
-    """The same samples, two in a row or one."""
+    """These samples, two in a row if packed, else one."""
     model, every = run.model, samples(run)
     spec = SimpleNamespace(layout=model.layout, seq_len=S, image_slots=SLOTS, target_shapes=model.target_shapes)
     rows = [every[i : i + 2] for i in range(0, len(every), 2)] if packed else [[one] for one in every]
-    return join(rows, spec)[0]
+    return make_batch(rows, spec)[0]
 
 
 @dataclasses.dataclass
 class Program:
-    """The step of a case: lowered arguments are abstract, so devices may be those of a topology."""
+    """The train step of a case. Its arguments are abstract, so the devices may be those of a topology."""
 
     run: Run
     mesh: jax.sharding.Mesh
@@ -95,15 +105,16 @@ class Program:
     lower: Callable
 
 
-def contrastless(case: str) -> bool:
-    """Whether a case has no contrastive losses: "/parts", and "/plain", the reference of those."""
+def without_contrast(case: str) -> bool:
+    """Whether a case has no contrastive losses: "/parts", and "/plain", the reference for it."""
     return "/parts" in case or "/plain" in case
 
 
-def program(case: str, devices: list, options: Callable = lambda mesh: {}) -> Program:
+def make_program(case: str, devices: list, options: Callable = lambda mesh: {}) -> Program:
+    """The Program of a case; options: mesh -> compiler options."""
     sizes, *ways = case.split("/")
     sizes = {"fsdp": 1} | {axis: int(n) for axis, n in (part.split("=") for part in sizes.split(",") if part)}
-    run = recipe("full" if "remat" in ways else "none", 1 if "scan" in ways else True, not contrastless(case))
+    run = recipe("full" if "remat" in ways else "none", 1 if "scan" in ways else True, not without_contrast(case))
     mesh = meshes.Mesh(**sizes).build(devices[: math.prod(sizes.values())])
     keep = optax.trace(0.0)  # its state is the last gradient
     step = jax.jit(
@@ -118,47 +129,49 @@ def program(case: str, devices: list, options: Callable = lambda mesh: {}) -> Pr
 
 
 def weights(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """Random ones, about as large as initial values; none is zero, so every gradient is a sum of many terms."""
+    """Random weights, about as large as initial ones. None is zero, so every gradient is a sum of many terms."""
     random = np.random.default_rng(1)
     return {k: np.float32(0.15 * random.standard_normal(x.shape) + k.endswith("scale")) for k, x in shapes.items()}
 
 
 def loss_and_gradients(case: str) -> tuple[dict[str, float], dict[str, np.ndarray], dict]:
-    """Losses, the gradient of every parameter by path, and `sent`."""
-    it = program(case, jax.devices())
-    with jax.set_mesh(it.mesh):
-        compiled = it.lower().compile()
-        fresh = TrainState(np.int32(0), weights(it.state.trainable), {}, jax.tree.map(zeros, it.state.opt_state))
-        state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), fresh, it.state)
-        state, metrics = compiled(state, meshes.to_global(batch(it.run, "/rows" not in case), it.mesh))
-    return jax.device_get(metrics), jax.device_get(state.opt_state.trace), sent(it, compiled.as_text())
+    """The metrics of a step, the gradient of every parameter by path, and what is `sent`."""
+    program = make_program(case, jax.devices())
+    with jax.set_mesh(program.mesh):
+        compiled, abstract = program.lower().compile(), program.state
+        new = TrainState(np.int32(0), weights(abstract.trainable), {}, jax.tree.map(zeros, abstract.opt_state))
+        state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, abstract)
+        rows = batch(program.run, packed="/rows" not in case)
+        state, metrics = compiled(state, host_batches.global_from_rows(rows, program.mesh))
+    return jax.device_get(metrics), jax.device_get(state.opt_state.trace), sent(program, compiled.as_text())
 
 
-# What crosses the data axes beside weights. The contrastive loss compares an image with the targets of the whole global
-# batch (elements). Some gradients are summed in another shape than the weight's: SVA's window positions tiled, task
-# tokens as means of the table's rows, MMFuser's offset bias in its heads' share.
+# What else may cross the data axes. TARGETS: numbers of elements; the contrastive loss compares an image with the
+# targets of the whole global batch. DERIVED: shapes of gradients that are not summed in the shape of their weight:
+# SVA's window positions (tiled), task tokens (means of the rows of their array), and MMFuser's offset bias (the share
+# of its heads).
 TARGETS = {images * 36 * dim for images in (ROWS, 2 * ROWS, 4 * ROWS) for dim in (4, 16)}
 DERIVED = {(12, 12, 32), (4, 32)} | {collectives.key((heads, 2, 2)) for heads in (1, 2, 4, 8)}
 
 
-def sent(it: Program, text: str) -> dict:
-    """What a compiled step sends between devices (tests/collectives.py)."""
-    found, params = collectives.crossings(text, it.mesh.devices.shape), it.state.trainable
-    known = collectives.weight_shapes(params) | DERIVED | chunk_shapes(it)
+def sent(program: Program, text: str) -> dict:
+    """What a compiled step, of which `text` is the HLO, sends between devices (tests/collectives.py)."""
+    found, params = collectives.crossings(text, program.mesh.devices.shape), program.state.trainable
+    known = collectives.weight_shapes(params) | DERIVED | chunk_shapes(program)
     bad = collectives.of_activations(found, known, TARGETS)
     return {
         "activations": [str(each) for each in bad],
         "gathered": collectives.gathered_weights(found),
-        "summed": collectives.summed_weights(found, params, chunk_shapes(it)),
+        "summed": collectives.summed_weights(found, params, chunk_shapes(program)),
         "looped": {name: collectives.summed_in_blocks(found, name) for name in ("llm", "encoder_clip", "encoder_dino")},
     }
 
 
-def chunk_shapes(it: Program) -> set[tuple[int, ...]]:
-    """Shapes (keys) of one chunk of the output table, gathered over fsdp."""
-    (vocab, width), sizes = it.state.trainable["llm/lm_head/embedding"].shape, it.mesh.shape
+def chunk_shapes(program: Program) -> set[tuple[int, ...]]:
+    """Keys of the shapes of one chunk of the output table, gathered over fsdp."""
+    (vocab, width), sizes = program.state.trainable["llm/lm_head/embedding"].shape, program.mesh.shape
     parts = sizes["tensor"] * sizes["fsdp"]
-    rows = Chunks.of(vocab // parts, it.run.model.vocab_chunk / parts).rows
+    rows = Chunks.of(vocab // parts, program.run.model.vocab_chunk / parts).rows
     return {collectives.key(dims) for dims in ((sizes["fsdp"], rows, width), (sizes["fsdp"] * rows, width))}
 
 
@@ -167,25 +180,27 @@ def zeros(x: jax.ShapeDtypeStruct) -> np.ndarray:
 
 
 def wrong() -> list[str]:
-    """Paths of what `collectives.of_activations` finds in a program that does what must not be, on data 4 x tensor 2:
-    every device gets the features of all images, and a learned table is put into the rows after its broadcast, so that
-    the gradients of all rows are gathered."""
+    """Paths of what `collectives.of_activations` finds in a program on data 4 x tensor 2 that has two faults.
+
+    Every device gets the features of all images, and a learned array is split over the rows only after it is broadcast
+    to them, so that the gradients of all rows are gathered.
+    """
     vit = ViT(48, 8, width=32, layers=1, heads=8, mlp=32, taps=(1,))
 
     def loss(params, images):
         with jax.named_scope("encoder_clip"):
             features = vit.apply({"params": params["vit"]}, images)[0]
         with jax.named_scope("fuser_clip"):
-            features = meshes.shard(meshes.shard(features, None), "batch")
+            features = sharded.shard(sharded.shard(features, None), "batch")
         with jax.named_scope("aggregator"):
-            table = meshes.shard(jnp.broadcast_to(params["table"], (images.shape[0], 5, 32)), "batch")
+            table = sharded.shard(jnp.broadcast_to(params["table"], (images.shape[0], 5, 32)), "batch")
             return jnp.sin(features.mean((1, 2))[:, None] * table).sum()
 
     mesh = meshes.Mesh(data=4, fsdp=1, tensor=2).build(jax.devices()[:8])
     with jax.set_mesh(mesh):
-        images = jax.ShapeDtypeStruct((16, 48, 48, 3), np.uint8, sharding=meshes.batch_sharding(mesh))
-        fresh = lambda x: {"vit": vit.init(jax.random.key(0), x)["params"], "table": jnp.zeros((5, 32))}
-        params = abstract_on(mesh, jax.eval_shape(fresh, images))
+        images = jax.ShapeDtypeStruct((16, 48, 48, 3), np.uint8, sharding=host_batches.batch_sharding(mesh))
+        init = lambda x: {"vit": vit.init(jax.random.key(0), x)["params"], "table": jnp.zeros((5, 32))}
+        params = abstract_on(mesh, jax.eval_shape(init, images))
         text = jax.jit(jax.grad(loss)).lower(params, images).compile().as_text()
     found = collectives.crossings(text, mesh.devices.shape)
     known = collectives.weight_shapes({f"{i}": x for i, x in enumerate(jax.tree.leaves(params))})
@@ -193,22 +208,21 @@ def wrong() -> list[str]:
 
 
 def main(cases: list[str]) -> None:
-    meshes.MIN_FSDP_SIZE = SPLIT
+    sharded.MIN_FSDP_SIZE = MIN_FSDP_SIZE
     reference = functools.cache(loss_and_gradients)
     for case in cases:
         if case == "wrong":
             print(json.dumps({"case": case, "activations": wrong()}))
             continue
-        losses, grads, _ = reference("/plain" if contrastless(case) else "")
+        losses, grads, _ = reference("/plain" if without_contrast(case) else "")
         largest = max(np.abs(g).max() for g in grads.values())
-        found, other, program = loss_and_gradients(case)
+        found, other, sends = loss_and_gradients(case)
         apart = {k: float(np.abs(other[k] - g).max() / max(np.abs(g).max(), 1e-3 * largest)) for k, g in grads.items()}
         metrics = {k: abs(float(found[k]) - float(v)) / (abs(float(v)) or 1.0) for k, v in losses.items()}
         worst = max(apart, key=apart.get)
-        zero = [k for k, g in grads.items() if not g.any() and not (contrastless(case) and "logit_scale" in k)]
-        print(
-            json.dumps({"case": case, "metrics": metrics, "gradient": [apart[worst], worst], "zero": zero, **program})
-        )
+        zero = [k for k, g in grads.items() if not g.any() and not (without_contrast(case) and "logit_scale" in k)]
+        line = {"case": case, "metrics": metrics, "gradient": [apart[worst], worst], "zero": zero, **sends}
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Checks golden files: numbers that the reference implementations gave, in tests/goldens.
+"""Checks golden files in tests/goldens, which hold numbers computed by the reference implementations.
 
     python -m tests.golden FILE.npz ...
 
-A file holds the weights, inputs, outputs and gradients of one piece of a reference. The weights go through
-the project's own tables into its own modules; the gradients are those of our parameters, mapped back by the
-same tables. One JSON line a file: {"file", "kind", "outputs": {name: max_abs_err}, "grads": {name:
-max_rel_err}, "ok"}, null where we have no such array, and "error" if there is more to say. Exit code: 0 all
-ok, 1 some number is wrong, 2 a file cannot be read or is of no known kind.
+A file holds the weights, inputs, outputs and gradients of one piece of a reference. The project's key maps load the
+weights into its modules and map the gradients of its parameters back. Prints one JSON line per file: {"file", "kind",
+"outputs": {name: max_abs_err}, "grads": {name: max_rel_err}, "ok"}, with null where we have no such array, and "error"
+if something failed. Exit code: 0 all ok, 1 some number is wrong, 2 a file cannot be read or its kind is unknown.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from jaxmllm.weights.convert import export_weights, import_weights
 from tests import golden_cambrian, golden_kinds, golden_visper, golden_visual
 from tests.golden_case import Arrays, Case, Check, Unreadable, load
 
-# Tolerances in float32; nothing here is ever loosened.
+# Tolerances in float32. They must never be loosened.
 OUTPUT, SCALAR, GRADIENT = 1e-5, 1e-4, 1e-4
-# A gradient that is zero: what float64 leaves of it in the file, and float32 here, against the largest one.
+# Zero gradients: what float64 leaves of one in the file, and float32 here, relative to the largest gradient.
 STORED_ZERO, ZERO = 1e-12, 1e-6
 
 KINDS = {
@@ -49,35 +48,35 @@ KINDS = {
 
 
 def evaluate(case: Case, check: Check) -> tuple[Arrays, Arrays]:
-    """(outputs, gradients) of our modules, under the names of the file."""
-    params = import_weights(check.table, case.weights, check.shapes)
+    """(outputs, gradients) of our modules, under the file's names."""
+    params = import_weights(check.key_map, case.weights, check.shapes)
     scalars = check.scalars if case.grads else {}
     names = {name.removeprefix(f"{prefix}inputs/") for prefix in scalars for name in case.grads}
-    moving = {name: case.inputs[name] for name in sorted(names & set(case.inputs))}
+    differentiated = {name: case.inputs[name] for name in sorted(names & set(case.inputs))}
 
-    def run(params, moving):
-        def forward(params, moving, scalar):
-            outputs = check.forward(params, {**case.inputs, **moving})
+    def run(params, differentiated):
+        def forward(params, differentiated, scalar):
+            outputs = check.forward(params, {**case.inputs, **differentiated})
             return outputs[scalar], outputs
 
         if not scalars:
             return check.forward(params, case.inputs), {}
         grads = {}
         for prefix, scalar in scalars.items():
-            grads[prefix], outputs = jax.grad(forward, (0, 1), has_aux=True)(params, moving, scalar)
+            grads[prefix], outputs = jax.grad(forward, (0, 1), has_aux=True)(params, differentiated, scalar)
         return outputs, grads
 
     with jax.default_matmul_precision("highest"):
-        outputs, grads = jax.device_get(jax.jit(run)(params, moving))
+        outputs, grads = jax.device_get(jax.jit(run)(params, differentiated))
     named = {}
     for prefix, (weights, inputs) in grads.items():
         named |= {f"{prefix}inputs/{name}": g for name, g in inputs.items()}
-        named |= {f"{prefix}weights/{name}": g for name, g in export_weights(check.table, weights).items()}
+        named |= {f"{prefix}weights/{name}": g for name, g in export_weights(check.key_map, weights).items()}
     return outputs | (check.from_grads(named) if named else {}), named
 
 
 def judge(case: Case, check: Check, outputs: Arrays, grads: Arrays) -> tuple[dict, dict, bool]:
-    """({output: max abs error}, {gradient: max relative error}, all ok); None where we have no such array."""
+    """({output: max abs error}, {gradient: max relative error}, whether all are ok); None for arrays that we lack."""
     errors, relative, ok = {}, {}, True
     for name, stored in case.outputs.items():
         ours = outputs.get(name)
@@ -121,7 +120,7 @@ def check_file(path: str | Path) -> tuple[dict, int]:
     try:
         check = KINDS[case.kind](case)
         outputs, grads = evaluate(case, check)
-    except Exception as error:  # one bad file must not hide the others
+    except Exception as error:  # one bad file must not hide the results of the others
         traceback.print_exc()
         return line | {"error": f"{type(error).__name__}: {error}"}, 1
     errors, relative, ok = judge(case, check, outputs, grads)

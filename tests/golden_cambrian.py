@@ -1,4 +1,4 @@
-"""How golden files of the whole Cambrian-1 run here."""
+"""How golden files of the whole Cambrian-1 model run here."""
 
 from __future__ import annotations
 
@@ -10,51 +10,50 @@ import numpy as np
 from flax import linen as nn
 
 from jaxmllm.aggregators.sva import SVA, SVALayer
-from jaxmllm.batch import Batch
+from jaxmllm.batch import IGNORE_LABEL, Batch
 from jaxmllm.data.images import padding
-from jaxmllm.data.samples import image_places
+from jaxmllm.data.samples import visual_indices
 from jaxmllm.fusers.single import Single
-from jaxmllm.llms.inserts import Inserts
+from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
-from jaxmllm.objectives.next_token import IGNORE
 from jaxmllm.train.state import unflatten
-from jaxmllm.weights import tables
+from jaxmllm.weights import key_maps
 from tests.golden_case import Case, Check, shapes
 from tests.golden_models import Features, decoder, text_rows, through
 
 
 def build(c: dict) -> MLLM:
-    """The model that a file's config describes. Raises ValueError if its SVA layers are not evenly spaced."""
+    """Builds the model that a file's config describes. Raises ValueError if its SVA layers are not evenly spaced."""
     after, names = c["in_llm_after_layers"], [f"encoder{k}" for k in range(c["num_encoders"])]
     steps = set(np.diff(after).tolist()) or {1}
     if len(steps) > 1:
         raise ValueError(f"in_llm_after_layers {after} are not evenly spaced")
-    inserts = Inserts(after[0], steps.pop(), len(after)) if after else None
     width, heads, grid = c["sva_width"], c["num_heads_sva"], c["query_grid_side"]
+    inserts = VisualInserts(SVALayer(width, heads), after[0], steps.pop(), len(after)) if after else None
     return MLLM(
         {name: Features(*size) for name, *size in zip(names, c["encoder_grid_sides"], c["encoder_widths"])},
         {name: Single() for name in names},
         SVA(width, c["llm"]["hidden_size"], grid, c["connector_depth"], heads, tuple(c["query_group_sides"])),
-        decoder(c["llm"], inserts=inserts, insert=SVALayer(width, heads)),
+        decoder(c["llm"], inserts=inserts),
         {},
     )
 
 
 def pick(tree: dict, j: int) -> dict:
-    """Entry j of stacked parameters."""
+    """Layer j of stacked parameters."""
     return jax.tree.map(lambda w: w[j], tree)
 
 
 def cambrian_full(case: Case) -> Check:
-    """A row has no place for tokens that show only padding; the file's train path has.
+    """Tokens that show only padding are masked in the file's train path; our rows leave them out.
 
-    `slot` says which place of our row each of its slots is; a masked one has the place, and so the position,
-    of the one before it.
+    `slot` gives, for each place of the file's row, the place in our row. A masked token gets the place, and so the
+    position, of the token before it.
     """
     c, x, model = case.config, case.inputs, build(case.config)
     sizes, ids, after = x["image_sizes"].tolist(), x["input_ids"], c["in_llm_after_layers"]
-    layout, tokens, layer = model.layout, model.layout.tokens, model.llm.insert
-    places = [image_places(0, size, layout) for size in sizes]
+    layout, tokens = model.layout, model.layout.tokens
+    places = [visual_indices(0, size, layout) for size in sizes]
     shown = np.zeros((len(ids), tokens.count), bool)
     for row, place in zip(shown, places):
         row[place] = True
@@ -67,7 +66,7 @@ def cambrian_full(case: Case) -> Check:
         counted = np.ones(case.outputs["logits"].shape[:2], bool)
     slot = counted.cumsum(1) - 1
     batch, source = text_rows(case, layout, places, slot.max() + 1)
-    text = np.array(c["text_lengths"])[:, None]  # ids that are not padding, the image's one included
+    text = np.array(c["text_lengths"])[:, None]  # number of ids that are not padding, including the image's
     length = text - 1 + shown.sum(1, keepdims=True)
     keys = (batch.positions < length).astype(np.int32)
     valid = counted & (slot < length)
@@ -75,7 +74,7 @@ def cambrian_full(case: Case) -> Check:
     fixed = {
         "attention_mask": valid,
         "position_ids": slot,
-        "labels": np.where(source >= 0, np.take_along_axis(x["labels"], source, 1), IGNORE),
+        "labels": np.where(source >= 0, np.take_along_axis(x["labels"], source, 1), IGNORE_LABEL),
         "unpadded_grid": np.stack([patches.any(2).sum(1), patches.any(1).sum(1)], 1),
     }
     for name, encoder in layout.encoders.items():
@@ -105,7 +104,7 @@ def cambrian_full(case: Case) -> Check:
             {"params": tree}, with_maps(x), keys, taps, method=through,
             capture_intermediates=connector, mutable=["intermediates"],
         )  # fmt: skip
-        if len(taps) < len(after):  # what an SVA layer behind the last layer sees: there without it
+        if len(taps) < len(after):  # the input of an SVA layer after the last decoder layer: the states without it
             fewer = dataclasses.replace(model.llm.inserts, count=len(taps))
             with nn.intercept_methods(spy):
                 without = model.clone(llm=model.llm.clone(inserts=fewer))
@@ -126,7 +125,7 @@ def cambrian_full(case: Case) -> Check:
             query, memory = state[rows, np.maximum(where, 0)], found["visual"].memory
             weights = pick(tree["llm"]["visual"]["layers"]["layer"], j)
             flat = query.reshape(len(query), -1, query.shape[-1])
-            update = layer.apply({"params": weights}, flat, memory).reshape(query.shape)
+            update = model.llm.inserts.layer.apply({"params": weights}, flat, memory).reshape(query.shape)
             for name, grid in (("query", query), ("output", update)):
                 if c["path"] != "train":  # the rows and columns that are kept
                     grid = grid[patches].reshape(len(ids), *fixed["unpadded_grid"][0], -1)
@@ -144,4 +143,4 @@ def cambrian_full(case: Case) -> Check:
         for j in range(len(after)):
             compare |= {f"in_llm_{j}_query": patches[..., None], f"in_llm_{j}_output": patches[..., None]}
     ours = shapes(model, jax.tree.map(jnp.asarray, with_maps(x)), losses=("next_token",))
-    return Check(forward, tables.cambrian(model), ours, compare)
+    return Check(forward, key_maps.cambrian(model), ours, compare)

@@ -1,4 +1,4 @@
-"""What a golden file is, and what it takes to run one here. golden.py compares."""
+"""What a golden file holds, and what is needed to run it here; golden.py compares the results."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from flax import linen as nn
 
 from jaxmllm.train.state import flatten
-from jaxmllm.weights.convert import Table
+from jaxmllm.weights.convert import KeyMap
 
 Arrays = dict[str, np.ndarray]
 
 
 class Unreadable(ValueError):
-    """The file is not a golden file; the message says why."""
+    """Raised for a file that is not a golden file; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One file. grads: keyed as stored, e.g. "weights/norm.weight", "partial/inputs/predictions"."""
+    """One file. grads are keyed as they are stored, e.g. "weights/norm.weight", "partial/inputs/predictions"."""
 
     kind: str
     config: dict
@@ -37,14 +37,14 @@ class Case:
 class Check:
     """How a case runs here.
 
-    forward: our flat parameters, inputs -> every stored output by name, and the scalars that are
-    differentiated. table, shapes: the reference's weights to our parameters. compare: output -> bool mask of
-    what counts (default all). scalars: prefix of the stored gradients -> output that they belong to.
-    from_grads: gradients -> more outputs.
+    forward: our flat parameters, inputs -> each stored output by name, and the scalars that are differentiated.
+    key_map, shapes: how the reference's weights become our parameters, and their shapes. compare: output -> bool mask
+    of the entries that are compared (default: all). scalars: prefix of stored gradients -> the output whose gradients
+    they are. from_grads: gradients -> further outputs.
     """
 
     forward: Callable[[dict, dict], dict]
-    table: Table = Table()
+    key_map: KeyMap = KeyMap()
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     compare: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scalars: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"": "scalar"})
@@ -52,7 +52,7 @@ class Check:
 
 
 def load(path: str | Path) -> Case:
-    """Reads a file; nothing in it is unpickled. Raises Unreadable."""
+    """Reads a file without unpickling anything. Raises Unreadable."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -70,7 +70,7 @@ def load(path: str | Path) -> Case:
 
 
 def shapes(module: nn.Module, *args, **options) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the module's parameters; arrays in args may be numpy, or shapes alone."""
+    """{path: shape} of the module's parameters; arrays in args may be numpy arrays or jax.ShapeDtypeStruct."""
     init = lambda *args: module.init(jax.random.key(0), *args, **options)
     tree = jax.eval_shape(init, *args)["params"]
     return {path: x.shape for path, x in flatten(tree).items()}

@@ -1,4 +1,4 @@
-"""How golden files of single modules run here: MMFuser and Cambrian-1. Sizes come from the file alone."""
+"""How golden files of single modules of MMFuser and Cambrian-1 run here. All sizes come from the file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 from jaxmllm.aggregators.sva import SVALayer, to_memory, window_mask
 from jaxmllm.data.images import key_mask, padding, token_mask
 from jaxmllm.fusers.mmfuser import DeformableAttention, MMFuser
-from jaxmllm.nn.maps import Tokens
+from jaxmllm.nn.maps import FlatMaps
 from jaxmllm.train.state import unflatten
-from jaxmllm.weights import tables
+from jaxmllm.weights import key_maps
 from jaxmllm.weights.convert import join
 from tests.golden_case import Case, Check, numbered, shapes
 
@@ -19,14 +19,14 @@ def deformable_attention(case: Case) -> Check:
     module = DeformableAttention(case.config["num_heads"], case.config["num_points"])
 
     def inputs(x):
-        return x["query"], x["reference_points"], [Tokens.of(level[None]) for level in numbered(x, "value")]
+        return x["query"], x["reference_points"], [FlatMaps.of(level[None]) for level in numbered(x, "value")]
 
     def forward(params, x):
         y, where, weights = module.apply({"params": unflatten(params)}, *inputs(x), method=module.attend)
         scalar = jnp.sum(y * x["cotangent"])
         return {"output": y, "sampling_locations": where, "attention_weights": weights, "scalar": scalar}
 
-    return Check(forward, tables.deformable_attention(), shapes(module, *inputs(case.inputs)))
+    return Check(forward, key_maps.deformable_attention(), shapes(module, *inputs(case.inputs)))
 
 
 def mmfuser(case: Case) -> Check:
@@ -42,21 +42,18 @@ def mmfuser(case: Case) -> Check:
         scalar = jnp.sum(y * x["cotangent"])
         return {"output": y, "cross_attention_output": a, "self_attention_output": a2, "scalar": scalar}
 
-    return Check(forward, tables.mmfuser(), shapes(module, taps(case.inputs), method=module.attend))
+    return Check(forward, key_maps.mmfuser(), shapes(module, taps(case.inputs), method=module.attend))
 
 
 def sva(case: Case) -> Check:
     c = case.config
-    layer, layers, side = (
-        SVALayer(c["hidden_width"], c["num_heads"]),
-        range(c["num_layers"]),
-        c["query_grid_side"],
-    )
+    layer, layers = SVALayer(c["hidden_width"], c["num_heads"]), range(c["num_layers"])
+    side = c["query_grid_side"]
 
     def start(x):
         memory = to_memory(numbered(x, "features"), numbered(x, "key_mask"), x["context"], side)
         shape = (x["context"].shape[0], side, side, c["query_width"])
-        query = jnp.broadcast_to(x["query"], shape)  # the connector has one query for all
+        query = jnp.broadcast_to(x["query"], shape)  # the connector has one query for all cells
         return query.reshape(len(query), side**2, -1), memory
 
     def forward(params, x):
@@ -68,8 +65,8 @@ def sva(case: Case) -> Check:
 
     one = shapes(layer, *start(case.inputs))
     ours = {f"layer_{i}/{path}": shape for i in layers for path, shape in one.items()}
-    table = tables.sva_layer(c["window_sides"])
-    return Check(forward, join(table.under(f"layers.{i}.", f"layer_{i}/") for i in layers), ours)
+    key_map = key_maps.sva_layer(c["window_sides"])
+    return Check(forward, join(key_map.under(f"layers.{i}.", f"layer_{i}/") for i in layers), ours)
 
 
 def cambrian_masks(case: Case) -> Check:
@@ -77,11 +74,10 @@ def cambrian_masks(case: Case) -> Check:
 
     def forward(_, x):
         sizes = x["image_sizes"].tolist()
-        pads = np.array(
-            [[padding(*size, side, least=0) for side in (grid, fine)] for size in sizes]
-        )  # [image, side, (x, y)]
-        tokens = np.stack([token_mask(*size, grid, newline=True, least=0) for size in sizes])
-        keys = np.stack([key_mask(padding(*size, fine, least=0), fine) for size in sizes])
+        # [images, sides, (x, y)]
+        pads = np.array([[padding(*size, side, min_used=0) for side in (grid, fine)] for size in sizes])
+        tokens = np.stack([token_mask(*size, grid, newline=True, min_used=0) for size in sizes])
+        keys = np.stack([key_mask(padding(*size, fine, min_used=0), fine) for size in sizes])
         return {
             "token_mask": tokens,
             "image_position_ids": tokens.reshape(len(sizes), -1).cumsum(1) - 1,

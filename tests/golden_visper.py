@@ -1,4 +1,4 @@
-"""How golden files of VisPer-LM run here: predictors, loss, whole model."""
+"""How golden files of VisPer-LM run here: its predictors, its loss and the whole model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmllm.aggregators.mlp import MLPProjector
-from jaxmllm.batch import Batch
+from jaxmllm.batch import IGNORE_LABEL, Batch
 from jaxmllm.fusers.single import Single
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import (
@@ -22,16 +22,16 @@ from jaxmllm.objectives.embed_distill import (
     info_nce,
     smooth_l1,
 )
-from jaxmllm.objectives.next_token import IGNORE
+from jaxmllm.objectives.task_tokens import task_places
 from jaxmllm.train.state import unflatten
-from jaxmllm.weights import tables
+from jaxmllm.weights import key_maps
 from tests.golden_case import Arrays, Case, Check, shapes
 from tests.golden_models import Features, decoder, text_rows, through
 
 
 def visper_head(case: Case) -> Check:
     c = case.config
-    maps = sum(name.startswith("linear_") and name.endswith(".0.weight") for name in case.weights)
+    extra_heads = sum(name.startswith("linear_") and name.endswith(".0.weight") for name in case.weights)
     sizes = (
         c["working_width"],
         c["output_width"],
@@ -40,7 +40,7 @@ def visper_head(case: Case) -> Check:
         c["num_blocks"],
         c["ff_mult"],
     )
-    module = Predictor(*sizes, maps=maps)
+    module = Predictor(*sizes, extra_heads=extra_heads)
 
     def args(x):
         return x["hidden_states"], fit_queries(jnp.asarray(x["queries"])[:, None], c["num_queries"])
@@ -48,14 +48,14 @@ def visper_head(case: Case) -> Check:
     def forward(params, x):
         found = [y[:, 0] for y in module.apply({"params": unflatten(params)}, *args(x))]
         y = channels_first(found[0], x["cotangent"].shape)
-        outputs = {f"linear_{i + 1}_output": found[i] for i in range(1, maps)}
+        outputs = {f"linear_{i + 1}_output": found[i] for i in range(1, extra_heads)}
         return outputs | {"output": y, "plain_output": found[-1], "scalar": jnp.sum(y * x["cotangent"])}
 
-    return Check(forward, tables.visper_head(module), shapes(module, *args(case.inputs)))
+    return Check(forward, key_maps.visper_head(module), shapes(module, *args(case.inputs)))
 
 
 def channels_first(y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[B, n, d] as it is, or in the reference's shape [B, d, h, w] for pictures."""
+    """[B, queries, dim] unchanged, or in the reference's shape [B, dim, h, w] if `shape` is one of pictures."""
     return y.swapaxes(1, 2).reshape(shape) if len(shape) == 4 else y
 
 
@@ -65,10 +65,10 @@ def rows_last(y: jax.Array) -> jax.Array:
 
 
 def reference_loss(prediction, target, logit_scale, mask, weight, clip=MAX_SCALE) -> dict[str, jax.Array]:
-    """Our per-sample losses [ranks * B, ..], reduced to [ranks] as the reference does it; mask [ranks, B].
+    """Our losses per sample [ranks * B, ..], reduced to [ranks] as the reference does; mask [ranks, B].
 
-    Smooth-L1 is divided by the batch, not by the valid samples; the contrastive part is mean times mean, and
-    masked samples stay rows and negatives.
+    Smooth-L1 is divided by the batch size, not by the number of valid samples. The contrastive part is the mean loss
+    times the mean of the mask, and masked samples still count as rows and as negatives.
     """
     scale = jnp.minimum(jnp.exp(logit_scale), clip)
     entropy = info_nce(prediction, target, scale).reshape(mask.shape)
@@ -92,7 +92,7 @@ def visper_loss(case: Case) -> Check:
             return y.reshape(-1, *y.shape[2:]) if several else y
 
         mask = x[mask].reshape(c["ranks"], -1)
-        scale = jnp.asarray(x["logit_scale"]).reshape(-1, 1)  # one for all, or one a rank
+        scale = jnp.asarray(x["logit_scale"]).reshape(-1, 1)  # one for all ranks, or one per rank
         scale = jnp.broadcast_to(scale, mask.shape).reshape(-1, 1)
         local = reference_loss(
             merge(x["predictions"]),
@@ -118,22 +118,24 @@ def visper_loss(case: Case) -> Check:
     return Check(forward, scalars=scalars)
 
 
-SHORT = 600  # of a sequence shorter than this the reference shows a predictor all, if it shows it text at all
+SHORT = 600  # if predictors see text at all, the reference shows them all of a sequence that is shorter than this
 
 
 def build(case: Case) -> MLLM:
-    """The model that a file's config describes."""
+    """Builds the model that a file's config describes."""
     c, width, common = case.config, case.config["llm"]["hidden_size"], case.config["predictors"]
     grid = math.isqrt(c["image_tokens"])
 
     def teacher(task):
         own = common[task]
         tokens = c["task_tokens_per_task"] if task != "gen" else len(case.weights["model.special_gen_tokens"])
-        maps = sum(bool(re.fullmatch(rf"image_{task}_heads\.0\.linear_\d+\.0\.weight", name)) for name in case.weights)
+        extra_heads = sum(
+            bool(re.fullmatch(rf"image_{task}_heads\.0\.linear_\d+\.0\.weight", name)) for name in case.weights
+        )
         return EmbedDistill(
             own["queries"], own["output_width"], width, tuple(own["layers"]), tokens,
             pooled=task != "gen", predictor_width=own["working_width"], heads=common["num_heads"],
-            head_dim=common["dim_head"], blocks=common["blocks"], ff_mult=common["ff_mult"], maps=maps,
+            head_dim=common["dim_head"], blocks=common["blocks"], ff_mult=common["ff_mult"], extra_heads=extra_heads,
             contrastive=c["contrastive_weight"],
         )  # fmt: skip
 
@@ -147,14 +149,14 @@ def build(case: Case) -> MLLM:
 
 
 def visper_full(case: Case) -> Check:
-    """Padding is hidden from the language model but seen by the predictors."""
+    """Padding is masked in the language model, but the predictors see it."""
     c, x, model = case.config, case.inputs, build(case)
     layout, start = model.layout, c["prefix_length"]
     length, text = x["input_ids"].shape[1] - 1 + layout.block, start + layout.block
     batch, source = text_rows(case, layout, [list(range(layout.block))] * len(x["input_ids"]), length)
     batch.segment_ids[:] = 1
     keys = np.where(source >= 0, np.take_along_axis(x["attention_mask"], source, 1), True).astype(np.int32)
-    labels = np.where(source >= 0, np.take_along_axis(x["labels"], source, 1), IGNORE)
+    labels = np.where(source >= 0, np.take_along_axis(x["labels"], source, 1), IGNORE_LABEL)
     taps = tuple(sorted({layer for teacher in model.distill.values() for layer in teacher.layers}))
 
     def with_map(x) -> Batch:
@@ -164,13 +166,13 @@ def visper_full(case: Case) -> Check:
     def run(model, batch):
         found = through(model, batch, keys, taps)
         for task, teacher in model.distill.items():
-            visible, *where = model.task_places(batch, task)
+            places = task_places(batch, model.layout, *model.task_range(task))
             if not c["pass_text_to_predictors"]:
-                visible = visible & (batch.positions < text)[:, None]
+                places = places._replace(visible=places.visible & (batch.positions < text)[:, None])
             elif length < SHORT:
-                visible = jnp.ones_like(visible)
+                places = places._replace(visible=jnp.ones_like(places.visible))
             states = enumerate(found["tapped"][layer] for layer in teacher.layers)
-            found[task] = [teacher.predict(i, y, visible, *where) for i, y in states], teacher.logit_scale()
+            found[task] = [teacher.predict(i, y, places) for i, y in states], teacher.logit_scale()
         found["task_tokens"] = jnp.concatenate([teacher.task_tokens() for teacher in model.distill.values()])
         return found
 
@@ -194,10 +196,10 @@ def visper_full(case: Case) -> Check:
         return outputs | {"total_loss": total, "scalar": total}
 
     ours = shapes(model, jax.tree.map(jnp.asarray, with_map(x)), method=run)
-    return Check(forward, tables.visper(model), ours, from_grads=gradient_norms)
+    return Check(forward, key_maps.visper(model), ours, from_grads=gradient_norms)
 
 
-GROUPS = {  # of gradients, by the names of the reference; the first that matches
+GROUPS = {  # of gradients, by patterns of the reference's names; the first match counts
     "features": r"inputs/features",
     "mm_projector": r"weights/model\.mm_projector",
     "task_tokens": r"weights/model\.special_",
@@ -210,7 +212,7 @@ GROUPS = {  # of gradients, by the names of the reference; the first that matche
 
 
 def gradient_norms(grads: Arrays) -> Arrays:
-    """{"gradient_norm_<group>": L2 norm}."""
+    """L2 norms of the groups of gradients, {"gradient_norm_<group>": norm}."""
     squares = dict.fromkeys(GROUPS, 0.0)
     for name, g in grads.items():
         group = next(group for group, pattern in GROUPS.items() if re.match(pattern, name))

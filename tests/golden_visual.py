@@ -13,24 +13,24 @@ from jaxmllm.aggregators.mlp import Projector
 from jaxmllm.aggregators.mof import InterleavedMoF
 from jaxmllm.batch import FeatureMap, TokenLayout, VisualLayout
 from jaxmllm.fusers.dense_connector import STI, dci, sci
-from jaxmllm.llms.inserts import place_visual
+from jaxmllm.nn import inverse_gather
 from jaxmllm.nn.primitives import Embed
 from jaxmllm.train.state import unflatten
-from jaxmllm.weights import tables
+from jaxmllm.weights import key_maps
 from jaxmllm.weights.convert import copy
 from tests.golden_case import Case, Check, shapes
 from tests.golden_models import text_rows
 
-EARLY = (7, 15)  # hidden states that STI and SCI add, whatever the encoder
+EARLY = (7, 15)  # the hidden states that STI and SCI add for any encoder
 
 
 def depth(names) -> int:
-    """Linear layers of a projector with these weights."""
+    """The number of linear layers of a projector whose weights have these names."""
     return sum(name.endswith(".weight") for name in names)
 
 
 def sides(tokens: int) -> tuple[int, int]:
-    """A grid of so many tokens: square if it can be, else one row (nothing here looks at columns)."""
+    """A grid for this number of tokens: square if possible, else one row (columns do not matter here)."""
     root = math.isqrt(tokens)
     return (root, root) if root * root == tokens else (1, tokens)
 
@@ -56,18 +56,18 @@ def dense_connector(case: Case) -> Check:
         return {"fused": fused, "output": y, "scalar": jnp.sum(y * x["cotangent"])}
 
     example = jax.eval_shape(fuse, case.inputs["hidden_states"])
-    return Check(forward, tables.projector(project.depth), shapes(project, example))
+    return Check(forward, key_maps.projector(project.depth), shapes(project, example))
 
 
 class Spliced(nn.Module):
-    """The visual tokens of two encoders among the embedded text."""
+    """Puts the visual tokens of two encoders among the embedded text tokens."""
 
     aggregator: nn.Module
     embedding: nn.Module
 
     def __call__(self, maps: dict, tokens: jax.Array, *places: jax.Array) -> tuple[jax.Array, jax.Array]:
         image = self.aggregator({name: FeatureMap(x) for name, x in maps.items()}, {}).tokens
-        return image, place_visual(self.embedding(tokens), image, *places)
+        return image, inverse_gather.replace(self.embedding(tokens), image, *places)
 
 
 def mof_interleaved(case: Case) -> Check:
@@ -81,14 +81,14 @@ def mof_interleaved(case: Case) -> Check:
     places = [list(range(layout.block)) if c["image_token_id"] in row else [] for row in ids]
     batch, source = text_rows(case, layout, places, c["output_length"])
 
-    def of_text(values, visual, beyond):
-        """Values of the ids, of visual tokens, and of places behind the last id."""
+    def spread(values, visual, beyond):
+        """Along our rows: `values` at ids, `visual` at visual tokens, `beyond` after the last id."""
         found = np.take_along_axis(values, np.maximum(source, 0), 1)
         return np.where(source >= 0, found, np.where(batch.visual_index >= 0, visual, beyond))
 
     fixed = {
-        "labels": of_text(x["labels"], c["ignore_label"], c["ignore_label"]).astype(np.int32),
-        "attention_mask": of_text(x["attention_mask"], True, False),
+        "labels": spread(x["labels"], c["ignore_label"], c["ignore_label"]).astype(np.int32),
+        "attention_mask": spread(x["attention_mask"], True, False),
     }
     inside = (source >= 0) | (batch.visual_index >= 0)
 
@@ -98,10 +98,10 @@ def mof_interleaved(case: Case) -> Check:
 
     def forward(params, x):
         image, embeds = module.apply({"params": unflatten(params)}, *args(x))
-        embeds = embeds * inside[..., None]  # behind the last id the reference has zero vectors
+        embeds = embeds * inside[..., None]  # after the last id the reference has zero vectors
         outputs = {"image_tokens": image, "inputs_embeds": embeds, "scalar": jnp.sum(embeds * x["cotangent"])}
         return outputs | fixed
 
-    table = tables.interleaved_mof(aggregator, names).under("", "aggregator/")
-    table += copy("embed_tokens.weight", "embedding/embedding")
-    return Check(forward, table, shapes(module, *args(x)))
+    key_map = key_maps.interleaved_mof(aggregator, names).under("", "aggregator/")
+    key_map += copy("embed_tokens.weight", "embedding/embedding")
+    return Check(forward, key_map, shapes(module, *args(x)))

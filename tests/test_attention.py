@@ -1,4 +1,4 @@
-"""Attention kernels: flash and splash, run by Pallas's interpreter on CPU, against XLA's plain form."""
+"""The attention kernels flash and splash, run by Pallas's interpreter on a CPU, against the plain form."""
 
 import subprocess
 import sys
@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxmllm import mesh
-from jaxmllm.nn import flash, kernels
-from jaxmllm.nn.attention import causal_blocks, dot_product_attention
+from jaxmllm import mesh, sharded
+from jaxmllm.nn import compiler
+from jaxmllm.nn.attention import choose, heads, tpu_flash_kernels
+from jaxmllm.nn.attention.choose import causal_blocks, choose_kernel, dot_product_attention
+from jaxmllm.nn.attention.tpu_flash import block_bounds, flash_attention
+from jaxmllm.nn.attention.tpu_splash import splash_attention
 from tests.conftest import ROOT, simulated
 
 ONE = mesh.Mesh(1, 1, 1, 1, 1)
@@ -24,14 +27,14 @@ def example(s: int, segments: list | None, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     split = ("batch", "length", "heads")
     shapes = [(2, s, 2, 2, 64), (2, s, 2, 64), (2, s, 2, 64), (2, s, 2, 2, 64)]
-    q, k, v, w = (mesh.shard(jnp.asarray(rng.normal(size=shape), dtype), *split) for shape in shapes)
+    q, k, v, w = (sharded.shard(jnp.asarray(rng.normal(size=shape), dtype), *split) for shape in shapes)
     if segments is None:
         return q, k, v, None, w
-    segments = mesh.shard(jnp.asarray(segments, jnp.int32), "batch", "length")
+    segments = sharded.shard(jnp.asarray(segments, jnp.int32), "batch", "length")
     return q, k, v, segments, w * (segments > 0)[..., None, None, None]
 
 
-def assert_kernel_equals_xla(kernel, s: int, segments: list | None, causal: bool, interpret) -> None:
+def assert_equals_plain(kernel, s: int, segments: list | None, causal: bool, interpret) -> None:
     """Outputs and gradients of q, k and v, except those of padding; call with a mesh set."""
     q, k, v, segments, w = example(s, segments)
 
@@ -48,15 +51,15 @@ def assert_kernel_equals_xla(kernel, s: int, segments: list | None, causal: bool
 
 
 @pytest.mark.parametrize("s, segments, causal", [(200, SEGMENTS, True), (300, None, False)])
-def test_splash_equals_xla(monkeypatch, s, segments, causal):
+def test_splash_equals_plain(monkeypatch, s, segments, causal):
     """Causal with segments in two blocks; full in three blocks with padding."""
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
+    monkeypatch.setattr(heads, "MAX_BLOCK", 128)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
-        assert_kernel_equals_xla(kernels.splash, s, segments, causal, True)
+        assert_equals_plain(splash_attention, s, segments, causal, True)
 
 
-# Blocks, chunks, length, segments, causal. Of the first, the second row is one sample. In the second, blocks of uneven
-# chunks; the last queries see a block in part before one they see whole. The last two: neither segments nor padding.
+# Block, chunk, length, segments, causal. First case: the second row is one sample. Second case: blocks of uneven chunks;
+# the last queries see part of a block before one they see whole. Last two cases: neither segments nor padding.
 CASES = [
     (256, 128, 640, [[1] * 300 + [2] * 250 + [0] * 90, [1] * 640], True),
     (384, 256, 1152, [[1] * 100 + [2] * 1052, [1] * 1152], True),
@@ -69,94 +72,94 @@ CASES = [
 
 
 @pytest.mark.parametrize("block, chunk, s, segments, causal", CASES)
-def test_flash_equals_xla(monkeypatch, block, chunk, s, segments, causal):
-    monkeypatch.setattr(kernels, "MAX_BLOCK", block)
-    monkeypatch.setattr(flash, "CHUNK", chunk)
+def test_flash_equals_plain(monkeypatch, block, chunk, s, segments, causal):
+    monkeypatch.setattr(heads, "MAX_BLOCK", block)
+    monkeypatch.setattr(tpu_flash_kernels, "CHUNK", chunk)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
-        assert_kernel_equals_xla(kernels.flash, s, segments, causal, True)
+        assert_equals_plain(flash_attention, s, segments, causal, True)
 
 
 def test_flash_reads_nothing_before_it_is_written(monkeypatch):
-    """In the simulation of a TPU's memory, where that is NaN."""
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
+    """In a simulation of a TPU's memory, where unwritten memory holds NaN."""
+    monkeypatch.setattr(heads, "MAX_BLOCK", 128)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         simulation = pltpu.InterpretParams(uninitialized_memory="nan")
-        assert_kernel_equals_xla(kernels.flash, 200, SEGMENTS, True, simulation)
+        assert_equals_plain(flash_attention, 200, SEGMENTS, True, simulation)
 
 
-def test_flash_of_other_keys_in_bfloat16(monkeypatch):
-    """300 queries, 500 keys of which 450 may be seen, one head; against float32 of the same numbers."""
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 256)
+def test_flash_with_other_keys_in_bfloat16(monkeypatch):
+    """300 queries, 500 keys of which 450 may be seen, one head; against the same numbers in float32."""
+    monkeypatch.setattr(heads, "MAX_BLOCK", 256)
     rng = np.random.default_rng(0)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         shapes = (1, 300, 1, 1, 64), (1, 500, 1, 64), (1, 500, 1, 64)
-        q, k, v = (mesh.shard(jnp.asarray(rng.normal(size=x), jnp.bfloat16), *mesh.batch_names(len(x))) for x in shapes)
+        q, k, v = (sharded.shard_rows(jnp.asarray(rng.normal(size=x), jnp.bfloat16)) for x in shapes)
         ids = jnp.ones((1, 300), jnp.int32), jnp.array([[1] * 450 + [0] * 50])
-        ids = [mesh.shard(x, "batch", None) for x in ids]
-        found = jax.jit(lambda *x: kernels.flash(*x, False, *ids, interpret=True))(q, k, v)
+        ids = [sharded.shard(x, "batch", None) for x in ids]
+        found = jax.jit(lambda *x: flash_attention(*x, False, *ids, interpret=True))(q, k, v)
         single = [x.astype(jnp.float32) for x in (q, k, v)]
         wanted = dot_product_attention(*single, q_segments=ids[0], kv_segments=ids[1])
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=4e-3)
 
 
-def test_kernels_by_what_their_memory_holds(monkeypatch):
+def test_choice_depends_on_on_chip_memory(monkeypatch):
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         q, k, *_ = example(640, None, jnp.bfloat16)
-        monkeypatch.setattr(mesh, "platform", lambda: "tpu")
-        assert kernels.choose(q, k, True, 0) == "flash"
-        monkeypatch.setattr(kernels, "SMALL", (jax.devices()[0].device_kind,))
-        assert kernels.choose(q, k, True, 0) == "splash"
-        monkeypatch.setattr(kernels, "SMALL", ())
-        monkeypatch.setattr(flash, "MAX_KEYS", 639)
-        assert kernels.choose(q, k, True, 0) == "splash"
+        monkeypatch.setattr(compiler, "platform", lambda: "tpu")
+        assert choose_kernel(q, k, True, 0) == "flash"
+        monkeypatch.setattr(choose, "CHIPS_16MIB_VMEM", (jax.devices()[0].device_kind,))
+        assert choose_kernel(q, k, True, 0) == "splash"
+        monkeypatch.setattr(choose, "CHIPS_16MIB_VMEM", ())
+        monkeypatch.setattr(choose, "MAX_KEYS", 639)
+        assert choose_kernel(q, k, True, 0) == "splash"
 
 
 def test_bounds_of_blocks():
-    """Blocks of two of six keys: samples of three, two and one (of padding)."""
+    """Six keys in blocks of two; samples of three, two and one (padding) tokens."""
     ids = jnp.array([[1, 1, 1, 2, 2, 0]])
-    fields = lambda *x: flash.bounds(flash.Blocks(2, 2, True), *x).reshape(-1, flash.FIELDS).tolist()
-    # The first query block needs a mask for itself; the second sees the first, and itself; the third, with 2 and 0,
-    # both before it, for one sample lies between.
+    fields = lambda *x: block_bounds(tpu_flash_kernels.Blocks(2, 2, True), *x).reshape(-1, tpu_flash_kernels.FIELDS).tolist()
+    # The first block of queries needs a mask for itself. The second sees the first and itself. The third, of segments 2
+    # and 0, sees both before it, since the range of segments is compared.
     assert fields((1, 6, 6), (ids, ids), 0) == [[0, 0, 0, 1, 0], [0, 0, 0, 2, 2], [0, 0, 0, 3, 4]]
-    assert fields((1, 2, 6), None, 4) == [[0, 0, 2, 3, 4]]  # the last part of a row: two blocks whole, then its own
+    assert fields((1, 2, 6), None, 4) == [[0, 0, 2, 3, 4]]  # the last part of a row: two whole blocks, then its own
     ids = jnp.array([[1, 2, 2, 2, 2, 2]])
-    assert fields((1, 6, 6), (ids, ids), 0)[2] == [0, 1, 2, 3, 4]  # the first in part, the second whole
+    assert fields((1, 6, 6), (ids, ids), 0)[2] == [0, 1, 2, 3, 4]  # part of the first, all of the second
 
 
 def heads_and_rows_split() -> None:
     """On four devices: heads over tensor 2, queries over context 2."""
-    kernels.MAX_BLOCK = 128
+    heads.MAX_BLOCK = 128
     with jax.set_mesh(mesh.Mesh(fsdp=1, tensor=2, context=2).build()):
         for causal in (True, False):
-            for kernel in (kernels.flash, kernels.splash):
-                assert_kernel_equals_xla(kernel, 256, [[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], causal, True)
+            for kernel in (flash_attention, splash_attention):
+                assert_equals_plain(kernel, 256, [[1] * 100 + [2] * 120 + [0] * 36, [1] * 256], causal, True)
 
 
 @pytest.mark.long
-def test_kernels_equal_xla_with_heads_and_rows_split():
+def test_kernels_equal_plain_with_heads_and_rows_split():
     code = "from tests.test_attention import heads_and_rows_split; heads_and_rows_split()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=simulated(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_blocks_cover_rows_with_little_padding():
-    assert [kernels.block(s) for s in (512, 577, 1024, 1370, 2048, 8192)] == [512, 640, 1024, 768, 1024, 1024]
+    assert [heads.block_size(s) for s in (512, 577, 1024, 1370, 2048, 8192)] == [512, 640, 1024, 768, 1024, 1024]
 
 
 def test_cpus_and_small_shapes_take_the_plain_form():
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         q, k, *_ = example(200, None, jnp.bfloat16)
-        assert mesh.platform() == "cpu" and kernels.choose(q, k, True, 0) == "xla"
+        assert compiler.platform() == "cpu" and choose_kernel(q, k, True, 0) == "plain"
 
 
 def test_causal_blocks_equal_the_whole():
-    """1024 tokens of two samples on a CPU mesh, in four blocks, against the plain form, which has no mesh."""
+    """1024 tokens of two samples on a CPU mesh, in four blocks, against one block without a mesh."""
     q, k, v, w = (jax.random.normal(key, (2, 1024, 2, 8)) for key in jax.random.split(jax.random.key(0), 4))
     segments = jnp.repeat(jnp.array([[1, 2], [1, 0]]), 512, 1)
 
     def run(q, k, v):
-        own = mesh.shard(segments, "batch", None)
+        own = sharded.shard(segments, "batch", None)
         y = dot_product_attention(q[:, :, :, None], k, v, causal=True, q_segments=own, kv_segments=own)
         return (y[:, :, :, 0] * w * (segments > 0)[..., None, None]).sum()
 
@@ -164,6 +167,6 @@ def test_causal_blocks_equal_the_whole():
     wanted = both(q, k, v)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         assert causal_blocks(q, k) == 4
-        q, k, v = (mesh.shard(x, *mesh.batch_names(4)) for x in (q, k, v))
+        q, k, v = (sharded.shard_rows(x) for x in (q, k, v))
         found = jax.jit(both)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)

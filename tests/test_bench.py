@@ -1,31 +1,33 @@
-"""`jaxmllm bench`: what it measures, on random and on real data."""
+"""What `jaxmllm bench` measures, on random and on real data."""
 
 import json
 
 import pytest
 
-from jaxmllm import bench, main
+from jaxmllm import bench
+from jaxmllm.cli.main import main
 from jaxmllm.config import load
 from tests.conftest import settings
 
-STAGES = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "head"}
+COMPONENTS = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "head"}
 
 
 @pytest.mark.parametrize("data", [pytest.param("synthetic", marks=pytest.mark.long), "real"])
 def test_bench(scenes, tmp_path, monkeypatch, capsys, data):
-    monkeypatch.setattr(bench, "PEAKS", {"cpu": 1e12})  # so that there is something to be a share of
+    monkeypatch.setattr(bench, "PEAKS", {"cpu": 1e12})  # so that MFU has a peak to be a share of
     run = load("configs/toy.py:tiny")
-    words = ["bench", *settings(scenes, **{"mesh.fsdp": 1}), "--steps", "3", "--json", str(tmp_path / "bench.json")]
-    assert not main.main([*words, *["--real"] * (data == "real")])
+    args = ["bench", *settings(scenes, **{"mesh.fsdp": 1}), "--steps", "3", "--json", str(tmp_path / "bench.json")]
+    assert not main([*args, *["--real"] * (data == "real")])
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["data"] == data and found["devices"] == 1 and found["loss"] > 0
-    assert set(found["mfu_by_stage"]) >= STAGES and all(share >= 0 for share in found["mfu_by_stage"].values())
-    assert found["mfu"] == pytest.approx(sum(found["mfu_by_stage"].values()))
+    shares = found["mfu_by_component"]
+    assert set(shares) >= COMPONENTS and all(share >= 0 for share in shares.values())
+    assert found["mfu"] == pytest.approx(sum(shares.values()))
     assert found["mfu"] == pytest.approx(found["model_flops"] / found["step_seconds"] / 1e12)
     assert found["tokens_per_second_per_device"] == pytest.approx(8 * run.data.seq_len / found["step_seconds"])
     assert found["images_per_second_per_device"] == pytest.approx(8 * run.data.image_slots / found["step_seconds"])
     assert found["data_wait_seconds"] >= 0 and found["compile_seconds"] > 0
-    # At least the masters, their two moments, and the gradients.
+    # At least the master parameters, their two moments and the gradients.
     assert found["peak_memory_bytes"] > 4 * 4 * 50_000 and found["peak_memory_from"] == "compiler"
     printed = capsys.readouterr().out
-    assert "mfu_by_stage" in printed and "tokens_per_second_per_device" in printed
+    assert "mfu_by_component" in printed and "tokens_per_second_per_device" in printed

@@ -1,4 +1,4 @@
-"""Scoring: how replies are read, what is counted, and the references that do not look."""
+"""Scoring: how replies are read, what counts as right, and the references that do not see the picture."""
 
 import pytest
 
@@ -43,10 +43,8 @@ def test_cv_bench_score_is_the_mean_over_sources():
 def test_blind_rule_is_learned_from_training_rows_only():
     train = [row(answer="(A)", question="the duck or the dog?"), row(answer="(B)", question="the dog or the duck?")]
     rule = benchmark.blind_rules(train)["Depth"]
-    assert rule(row(choices=("cat", "cow"), question="the cow or the cat?")) == "cow"  # the one named first
-    names = [row("Name", ("bus", "dog"), "(B)", "What is it?")] * 3 + [
-        row("Name", ("bus", "dog"), "(A)", "What is it?")
-    ]
+    assert rule(row(choices=("cat", "cow"), question="the cow or the cat?")) == "cow"  # the choice that is named first
+    names = [row("Name", ("bus", "dog"), answer, "What is it?") for answer in ("(B)", "(B)", "(B)", "(A)")]
     assert benchmark.blind_rules(names)["Name"](row("Name")) in ("dog", "(B)")
 
 

@@ -1,4 +1,4 @@
-"""What a person who mistypes sees: one clear line and exit code 2, nothing else harmed."""
+"""A mistaken command: one clear line, exit code 2, and no harm done. Bad samples, and `chat`."""
 
 import json
 import shutil
@@ -6,12 +6,13 @@ import shutil
 import pytest
 from PIL import Image
 
+from jaxmllm.config import load, to_document
 from tests.conftest import jaxmllm, settings
 
 
-def refused(*words, code=2):
-    """The one line of a refused command."""
-    done = jaxmllm(*words, check=False)
+def refused(*args, code=2):
+    """The one line on stderr of a command that is refused."""
+    done = jaxmllm(*args, check=False)
     assert done.returncode == code, done.stderr
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
@@ -33,7 +34,7 @@ def test_typo_in_set(scenes, tmp_path, assignment, says):
     assert says in refused("train", *settings(scenes), assignment, "--workdir", tmp_path)
 
 
-def test_unknown_variant_and_file(tmp_path):
+def test_unknown_variant_or_file(tmp_path):
     assert "did you mean 'tiny'" in refused("train", "configs/toy.py:tinny", "--workdir", tmp_path)
     assert "did you mean 'configs/toy.py'" in refused("train", "configs/toys.py", "--workdir", tmp_path)
 
@@ -43,9 +44,9 @@ def test_missing_data(tmp_path):
     assert "nowhere" in line
 
 
-def test_rule_must_cover_every_parameter(scenes, tmp_path):
-    words = settings(scenes, **{"stages.align.rules.0.pattern": "llm/.*"})
-    assert "no rule covers parameter" in refused("train", *words, "--workdir", tmp_path)
+def test_rules_must_cover_every_parameter(scenes, tmp_path):
+    args = settings(scenes, **{"stages.align.rules.0.pattern": "llm/.*"})
+    assert "no rule covers parameter" in refused("train", *args, "--workdir", tmp_path)
 
 
 def test_workdir_of_another_config(scenes, tmp_path):
@@ -55,8 +56,22 @@ def test_workdir_of_another_config(scenes, tmp_path):
     assert "belongs to another config" in line and "rope_theta" in line
 
 
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(None, "format 1, and this version reads format 2; jaxmllm 0.1 reads it"), (9, "a newer jaxmllm")],
+)
+def test_workdir_of_another_format(scenes, tmp_path, number, says):
+    document = to_document(load("configs/toy.py:tiny")) | {"format": number}
+    if number is None:  # the first format had no number
+        del document["format"]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert says in refused("train", *settings(scenes), "--workdir", tmp_path)
+    assert says in refused("chat", tmp_path, "--prompt", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_bad_samples_are_named_and_the_run_goes_on(scenes, tmp_path):
-    """Every kind of unusable record gets a line in the ledger; the run finishes."""
+    """Unusable records of every kind get a line in the ledger; the run finishes."""
     folder = tmp_path / "broken"
     shutil.copytree(scenes, folder)
     records = [json.loads(line) for line in open(folder / "align.jsonl")]
@@ -66,8 +81,8 @@ def test_bad_samples_are_named_and_the_run_goes_on(scenes, tmp_path):
     records[2]["conversations"][0]["value"] = "<image><image>\nDescribe the image."
     records[3]["conversations"][1]["value"] = ""
     (folder / "align.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    words = settings(folder, **{"stages.align.steps": 10, "stages.instruct.steps": 1})
-    jaxmllm("train", *words, "--workdir", tmp_path / "run")
+    args = settings(folder, **{"stages.align.steps": 10, "stages.instruct.steps": 1})
+    jaxmllm("train", *args, "--workdir", tmp_path / "run")
     entries = {e["id"]: e for e in map(json.loads, open(tmp_path / "run" / "bad_samples.jsonl"))}
     bad = [records[i]["id"] for i in range(4)]
     assert set(bad) <= set(entries)
@@ -76,12 +91,8 @@ def test_bad_samples_are_named_and_the_run_goes_on(scenes, tmp_path):
 
 
 def test_chat_answers_and_refuses(scenes, tmp_path):
-    jaxmllm(
-        "train",
-        *settings(scenes, **{"stages.align.steps": 1, "stages.instruct.steps": 1}),
-        "--workdir",
-        tmp_path / "run",
-    )
+    args = settings(scenes, **{"stages.align.steps": 1, "stages.instruct.steps": 1})
+    jaxmllm("train", *args, "--workdir", tmp_path / "run")
     photo = tmp_path / "photo.png"
     Image.new("RGB", (300, 200), "red").save(photo)
     done = jaxmllm("chat", tmp_path / "run", "--image", photo, "--prompt", "Describe the image.")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from jaxmllm import config as configs
-from jaxmllm import mesh
+from jaxmllm import host_batches, mesh, processes
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
-from jaxmllm.data.sources import open_source
+from jaxmllm.data.sources.open import open_source
 from tests.conftest import finish, jaxmllm, settings, start_processes
 
 STEPS = {"stages.align.steps": 2, "stages.instruct.steps": 2, "mesh.fsdp": 4, "mesh.tensor": 2}
@@ -130,13 +130,13 @@ def test_parts_of_the_rows(sizes, parts):
     devices = np.array([SimpleNamespace(process_index=i // 2) for i in range(8)], object)
     sizes = [{"slice": 1, "data": 1, "fsdp": 1, "tensor": 1, "context": 1, **sizes}[axis] for axis in mesh.AXES]
     found = SimpleNamespace(devices=devices.reshape(sizes), shape=dict(zip(mesh.AXES, sizes)))
-    assert [mesh.own_part(found, process) for process in range(4)] == parts
+    assert [host_batches.process_rows(found, process) for process in range(4)] == parts
 
 
 @pytest.mark.parametrize("index, says", [(0, "another process has not been started"), (1, "does not answer")])
 def test_a_process_that_never_comes(index, says):
     """Two lines, no stack trace: whom it waits for, and after the time-out what to look at."""
-    process = start_processes(2, 1, prefix=("-c", "from jaxmllm import mesh; mesh.start_processes(2)"))
+    process = start_processes(2, 1, prefix=("-c", "from jaxmllm import mesh; processes.start_processes(2)"))
     process.pop(1 - index).kill()
     errors = process[0].communicate(timeout=60)[1].splitlines()
     assert process[0].returncode == 1 and len(errors) == 2, errors

@@ -1,4 +1,4 @@
-"""Encoders on simulated devices, fsdp 2 x tensor 2, give the outputs and gradients they give on one."""
+"""Encoders on four simulated devices, fsdp 2 x tensor 2, give the same outputs and gradients as on one device."""
 
 from __future__ import annotations
 

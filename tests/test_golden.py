@@ -1,4 +1,4 @@
-"""The numbers of the reference implementations, and whether the harness would notice if they were missed."""
+"""Our numbers are those of the reference implementations, and the harness would notice if they were not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmllm.batch import IGNORE_LABEL
 from jaxmllm.nn import primitives
 from jaxmllm.weights.convert import export_weights
 from tests import golden
@@ -31,7 +32,7 @@ def case(kind: str) -> Case:
     return load(FILES[0].parent / f"{kind}_a.npz")
 
 
-def verdict(case: Case) -> bool:
+def passes(case: Case) -> bool:
     check = golden.KINDS[case.kind](case)
     return golden.judge(case, check, *golden.evaluate(case, check))[2]
 
@@ -40,92 +41,92 @@ def with_config(case: Case, **changes) -> Case:
     return dataclasses.replace(case, config=case.config | changes)
 
 
-# Mistakes: each of these must be noticed.
+# Mistakes, each of which must be noticed.
 
 
 def test_perturbed_weight():
     c = case("visper_gen_head")
     changed = {"projector.proj_in.weight": c.weights["projector.proj_in.weight"] * 1.001}
-    assert not verdict(dataclasses.replace(c, weights=c.weights | changed))
+    assert not passes(dataclasses.replace(c, weights=c.weights | changed))
 
 
 def test_perturbed_gradient():
     c = case("visper_loss")
     changed = {"inputs/predictions": c.grads["inputs/predictions"] * np.float32(1.0002)}
-    assert not verdict(dataclasses.replace(c, grads=c.grads | changed))
+    assert not passes(dataclasses.replace(c, grads=c.grads | changed))
 
 
 def test_missing_output_and_gradient():
     c = case("visper_loss")
-    assert not verdict(dataclasses.replace(c, outputs=c.outputs | {"more": np.zeros(3, np.float32)}))
-    assert not verdict(dataclasses.replace(c, grads=c.grads | {"weights/more": np.zeros(3, np.float32)}))
+    assert not passes(dataclasses.replace(c, outputs=c.outputs | {"more": np.zeros(3, np.float32)}))
+    assert not passes(dataclasses.replace(c, grads=c.grads | {"weights/more": np.zeros(3, np.float32)}))
 
 
 def test_unused_weight_is_refused():
     c = case("visper_gen_head")
     with pytest.raises(ValueError, match=r"\+ dead.weight: in the file"):
-        verdict(dataclasses.replace(c, weights=c.weights | {"dead.weight": np.zeros(3, np.float32)}))
+        passes(dataclasses.replace(c, weights=c.weights | {"dead.weight": np.zeros(3, np.float32)}))
 
 
 def test_other_epsilon():
-    assert not verdict(with_config(case("mmfuser"), layer_norm_eps=1e-5))
+    assert not passes(with_config(case("mmfuser"), layer_norm_eps=1e-5))
 
 
 def test_tanh_gelu(monkeypatch):
     monkeypatch.setitem(primitives.ACTIVATIONS, "gelu", primitives.ACTIVATIONS["gelu_tanh"])
-    assert not verdict(case("visper_gen_head"))
+    assert not passes(case("visper_gen_head"))
 
 
 def test_swapped_axes():
     c = case("deformable_attention")
     swapped = {"reference_points": c.inputs["reference_points"][..., ::-1]}
-    assert not verdict(dataclasses.replace(c, inputs=c.inputs | swapped))
+    assert not passes(dataclasses.replace(c, inputs=c.inputs | swapped))
 
 
 def test_masks_ignored():
     c = case("sva_in_llm")
     every = {name: np.ones_like(x) for name, x in c.inputs.items() if name.startswith("key_mask")}
-    assert not verdict(dataclasses.replace(c, inputs=c.inputs | every))
+    assert not passes(dataclasses.replace(c, inputs=c.inputs | every))
 
 
 def test_sva_after_other_layers():
     c = dataclasses.replace(case("cambrian_full"), grads={})
-    assert not verdict(with_config(c, in_llm_after_layers=[0, 1]))
+    assert not passes(with_config(c, in_llm_after_layers=[0, 1]))
 
 
-# Files that are not there, made of those that are: all of these must pass.
+# Further cases, made from the stored ones, all of which must pass.
 
 
 def test_other_order_of_encoders():
-    """SVA's softmax runs over all encoders alike, so their order may change if all names do."""
-    c, order = case("sva_connector"), [3, 1, 0, 2]  # the windowed one first
+    """SVA's softmax treats all encoders alike, so their order may change if all names change with it."""
+    c, order = case("sva_connector"), [3, 1, 0, 2]  # the encoder with windows comes first
 
     def rename(name: str) -> str:
         for new, old in enumerate(order):
-            for word in ("features_", "key_mask_", "k_proj_", "v_proj_", "pos_embed_"):
-                if f"{word}{old}" in name:
-                    return name.replace(f"{word}{old}", f"{word}{new}")
+            for stem in ("features_", "key_mask_", "k_proj_", "v_proj_", "pos_embed_"):
+                if f"{stem}{old}" in name:
+                    return name.replace(f"{stem}{old}", f"{stem}{new}")
         return name
 
     renamed = {
         part: {rename(name): x for name, x in getattr(c, part).items()} for part in ("weights", "inputs", "grads")
     }
     windows = [c.config["window_sides"][old] for old in order]
-    assert verdict(with_config(dataclasses.replace(c, **renamed), window_sides=windows))
+    assert passes(with_config(dataclasses.replace(c, **renamed), window_sides=windows))
 
 
 def test_one_sample():
-    """Samples do not see one another: the first of a batch alone. (Weight gradients are sums, so they go.)"""
+    """Samples do not affect each other: the first one alone gives the same. (Not weight gradients, which are sums.)"""
     c = case("mmfuser")
     first = functools.partial(jax.tree.map, lambda x: x[:1] if x.ndim else x)
     outputs = first(c.outputs)
     outputs["scalar"] = np.sum(outputs["output"].astype(np.float64) * c.inputs["cotangent"][:1])
     grads = {name: x[:1] for name, x in c.grads.items() if name.startswith("inputs/")}
-    assert verdict(dataclasses.replace(c, inputs=first(c.inputs), outputs=outputs, grads=grads))
+    assert passes(dataclasses.replace(c, inputs=first(c.inputs), outputs=outputs, grads=grads))
 
 
 def test_loss_of_several_ranks():
-    """Negatives are global, and the means of equal parts have the mean of the whole."""
+    """Negatives come from all ranks, and the mean over equal parts is the mean of their means."""
     c = case("visper_loss")
 
     def split(x):
@@ -135,11 +136,11 @@ def test_loss_of_several_ranks():
     outputs = {name: split(x) if x.ndim else x for name, x in c.outputs.items() if "partial" not in name}
     grads = {"inputs/predictions": split(c.grads["inputs/predictions"])}
     several = dataclasses.replace(with_config(c, ranks=2), inputs=inputs, outputs=outputs, grads=grads)
-    assert verdict(several)
+    assert passes(several)
 
 
 def test_padded_pictures_on_both_paths():
-    """Other sizes, pictures with padding: the layout with masked tokens and the one without agree."""
+    """Other sizes and padded pictures: the layout with masked tokens and the layout without them agree."""
     train = larger_cambrian()
     outputs, _ = golden.evaluate(train, golden.KINDS["cambrian_full"](train))
     at, valid = train.config["image_position"], outputs["attention_mask"]
@@ -153,11 +154,11 @@ def test_padded_pictures_on_both_paths():
         inputs = {name: x[b : b + 1] for name, x in train.inputs.items()}
         config = {"path": "infer", "text_lengths": train.config["text_lengths"][b : b + 1]}
         infer = dataclasses.replace(with_config(train, **config), inputs=inputs, outputs=alone, grads={})
-        assert verdict(infer)
+        assert passes(infer)
 
 
 def larger_cambrian() -> Case:
-    """A made-up case: every window side, two query groups, a picture padded in rows and one in columns."""
+    """A made-up case: three window sides, two query groups, a picture padded in rows and one padded in columns."""
     rng, sides, widths = np.random.default_rng(0), [8, 4, 12], [6, 10, 8]
     c = with_config(
         case("cambrian_full"),
@@ -168,18 +169,18 @@ def larger_cambrian() -> Case:
     )  # fmt: skip
     ids = rng.integers(1, 70, (2, 9), np.int32)
     ids[:, 2], ids[1, 7:] = c.config["image_token_id"], 0
-    labels = np.where((np.arange(9) > 4) & (ids > 0), ids, -100)
+    labels = np.where((np.arange(9) > 4) & (ids > 0), ids, IGNORE_LABEL)
     inputs = {"input_ids": ids, "labels": labels, "image_sizes": np.array([[100, 50], [30, 90]], np.int32)}
     for k, (side, width) in enumerate(zip(sides, widths)):
         inputs[f"features_{k}"] = rng.standard_normal((2, side * side, width), np.float32)
     c = dataclasses.replace(c, inputs=inputs, outputs={}, grads={})
     check = golden.KINDS["cambrian_full"](c)
     params = {path: 0.3 * rng.standard_normal(shape, np.float32) for path, shape in check.shapes.items()}
-    return dataclasses.replace(c, weights=export_weights(check.table, params))
+    return dataclasses.replace(c, weights=export_weights(check.key_map, params))
 
 
 def test_command(capsys, tmp_path):
-    """Exit codes: the worst of all files counts; one line a file."""
+    """The exit code is that of the worst file, and each file gets one line."""
     (tmp_path / "bad.npz").write_bytes(b"nothing")
     masks = str(FILES[0].parent / "cambrian_masks_a.npz")
     assert golden.main([masks]) == 0

@@ -1,8 +1,9 @@
-"""Pixels are those of transformers' image processors; and how far the fast JPEG path is from them."""
+"""Pixels equal those of transformers' image processors, padding that of Cambrian-1; a fast JPEG is close."""
 
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
-from jaxmllm.data.images import decode, needed, prepare
-from jaxmllm.data.samples import image_places
+from jaxmllm.data.images import decode, key_mask, padding, prepare, size_after_fit, token_mask
+from jaxmllm.data.samples import visual_indices
 from tests.conftest import ROOT
 
 PHOTOS = sorted((ROOT / "tests" / "photos").glob("*.jpg"))
@@ -23,10 +24,12 @@ SIZES = [(320, 213), (213, 320), (101, 333), (57, 40), (64, 64), (1, 90), (333, 
 
 
 def edge(size, crop=None):
+    """Arguments of a processor that resizes the shorter side and crops the middle."""
     return dict(size={"shortest_edge": size}, crop_size={"height": crop or size, "width": crop or size}, **RAW)
 
 
 def square(size):
+    """Arguments of a processor that resizes to a square."""
     return dict(size={"height": size, "width": size}, **RAW)
 
 
@@ -48,7 +51,7 @@ def square(size):
     ],
     ids=["clip", "dinov2", "siglip", "siglip2", "convnext-224", "convnext-384"],
 )
-def test_as_transformers(processor, encoder):
+def test_pixels_equal_those_of_transformers(processor, encoder):
     for picture in pictures():
         theirs = processor(picture, return_tensors="np")["pixel_values"][0]
         assert theirs.dtype == np.uint8
@@ -56,13 +59,14 @@ def test_as_transformers(processor, encoder):
 
 
 def pictures():
+    """Noise of many shapes, and three photographs."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in SIZES]
     return noise + [Image.open(photo).convert("RGB") for photo in PHOTOS[:3]]
 
 
-def test_padded_as_llava():
-    """LLaVA-1.5 and Cambrian-1: a square of the mean colour, then CLIP's processor, which only resizes."""
+def test_padding_equals_llavas():
+    """LLaVA-1.5 and Cambrian-1 pad to a square of the mean colour; CLIP's processor then only resizes."""
     color = (122, 116, 104)
     for picture in pictures():
         width, height = picture.size
@@ -75,14 +79,15 @@ def test_padded_as_llava():
 
 
 def pixels(file, encoder, fast_jpeg):
+    """A JPEG file, decoded and prepared for an encoder."""
     image = Image.open(file)
     size = image.size
-    return prepare(decode(None, None, image, [needed(size, encoder)], fast_jpeg), encoder, size)
+    return prepare(decode(None, None, image, [size_after_fit(size, encoder)], fast_jpeg), encoder, size)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
 def test_fast_jpeg(fit):
-    """Pixels of a large JPEG differ by little (the bounds are twice what was measured), those of a small one not."""
+    """Pixels of a large JPEG differ a little (bounds: twice the measured values), those of a small one not at all."""
     encoder = EncoderInput(64, 4, (122, 116, 104), fit)
     photo = Image.open(ROOT / "tests" / "photos" / "chelsea.jpg").convert("RGB")
     for scale in (2, 5):  # the photo is 320 pixels wide
@@ -105,7 +110,31 @@ def test_encoders_must_see_the_same_part():
 def test_only_padding_takes_tokens_away():
     for fit, tokens in (("pad", 24), ("crop", 36), ("squash", 36)):
         layout = VisualLayout({"a": EncoderInput(60, 6, (0, 0, 0), fit)}, TokenLayout(8, 6, unpad=True), 0)
-        assert len(image_places(0, (60, 40), layout)) == tokens
+        assert len(visual_indices(0, (60, 40), layout)) == tokens
+
+
+def test_padding_equals_the_golden_masks():
+    golden = np.load(ROOT / "tests" / "goldens" / "cambrian_masks_a.npz")
+    config = json.loads(str(golden["meta"]))["config"]
+    coarse, fine = config["query_grid_side"], config["encoder_grid_side"]
+    for k, (width, height) in enumerate(golden["inputs/image_sizes"].tolist()):
+        (x, y), (fine_x, fine_y) = padding(width, height, coarse), padding(width, height, fine)
+        assert golden["outputs/padding"][k].tolist() == [x, x, y, y, fine_x, fine_x, fine_y, fine_y]
+        assert (token_mask(width, height, coarse, True) == golden["outputs/token_mask"][k]).all()
+        assert (key_mask((fine_x, fine_y), fine) == golden["outputs/key_mask"][k]).all()
+
+
+@pytest.mark.parametrize("size", [(3000, 10), (10, 3000), (1, 1)])
+def test_some_tokens_stay_at_any_aspect(size):
+    for grid in (1, 2, 4, 24, 27):
+        assert token_mask(*size, grid, newline=False).any()
+
+
+def test_prepare_pads_in_the_middle():
+    encoder = EncoderInput(5, 1, (1, 2, 3))
+    prepared = prepare(Image.new("RGB", (5, 2), (200, 200, 200)), encoder)
+    assert (prepared[1:3] == 200).all() and (prepared[[0, 3, 4]] == (1, 2, 3)).all()
+    assert prepare(Image.new("RGB", (300, 100)), EncoderInput(48, 1, (9, 9, 9))).shape == (48, 48, 3)
 
 
 def test_unknown_fit_is_refused():

@@ -8,7 +8,8 @@ import pytest
 from jaxmllm.aggregators.sva import SVALayer, to_memory
 from jaxmllm.batch import Visual
 from jaxmllm.llms.decoder import Decoder, DecoderBlock
-from jaxmllm.llms.inserts import Inserts, place_visual, take_visual
+from jaxmllm.llms.inserts import VisualInserts
+from jaxmllm.nn import inverse_gather
 from jaxmllm.nn.primitives import Norm
 
 ROWS, LENGTH, SLOTS, GRID, COLUMNS = 2, 40, 2, 3, 4  # a grid of 3 x 3 patches with a newline behind each line
@@ -17,7 +18,7 @@ LAYER = SVALayer(8, 2)
 
 
 def decoder(**fields) -> Decoder:
-    return Decoder(40, 16, 5, 2, 2, 24, inserts=Inserts(1, 2, 2), insert=LAYER, **fields)
+    return Decoder(40, 16, 5, 2, 2, 24, inserts=VisualInserts(LAYER, 1, 2, 2), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +108,8 @@ def test_tokens_are_taken_and_placed(places):
         return jnp.where((index >= 0)[..., None], tokens[row, np.maximum(index, 0)], x)
 
     pairs = [
-        (lambda x: take_visual(x, positions, index), take, (x,)),
-        (lambda x, t: place_visual(x, t, positions, index), place, (x, tokens)),
+        (lambda x: inverse_gather.take(x, positions, index), take, (x,)),
+        (lambda x, t: inverse_gather.replace(x, t, positions, index), place, (x, tokens)),
     ]
     for ours, other, inputs in pairs:
         y, back = jax.vjp(ours, *inputs)

@@ -1,6 +1,6 @@
-"""The tiny recipe on simulated devices: the same loss and gradients on every mesh, and what its program sends.
+"""The tiny recipe on simulated devices: loss and gradients are equal on every mesh, and only weights are sent around.
 
-The fast case uses all four axes at once, rematerialises and scans; the long ones are the whole matrix.
+The fast case uses all axes except slice at once, with rematerialisation and scans. The long ones are all the others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxmllm import mesh as meshes
+from jaxmllm import sharded
 from jaxmllm.config import load, override
 from jaxmllm.train.setup import stage_program
 from tests import equal_meshes
@@ -32,14 +33,15 @@ JOINT = [
 WAYS = ["fsdp=1/remat", "fsdp=1/scan", "fsdp=1/rows", "fsdp=1/parts", "fsdp=8/remat", "tensor=8/scan",
         "context=8/remat/scan", "data=2,fsdp=2,tensor=2/rows", "fsdp=2,context=4/parts"]  # fmt: skip
 
-# Loss and gradients are sums of up to 1e5 terms in float32 (eps 1.2e-7), in another order on every mesh: apart by some
-# sqrt(n) eps at most. The gradient's bound is relative to the largest value of its leaf (of all leaves / 1000, if that
-# is more: a key's bias has the gradient 0). A sum that lacks a device or counts one twice is off by far more.
-LOSS, GRADIENT = 1e-6, 1e-5
+# Loss and gradients are sums of up to 1e5 terms in float32 (eps 1.2e-7), which every mesh adds up in its own order, so
+# they differ by some sqrt(n) eps at most. The bound of a gradient is relative to the largest value of its array (or to
+# a thousandth of the largest value of all gradients, if that is more: the gradient of a key's bias is 0). A sum that
+# leaves out a device or counts one twice is off by far more.
+LOSS_BOUND, GRADIENT_BOUND = 1e-6, 1e-5
 
 
 def compare(cases: list[str], devices: int) -> list[dict]:
-    """The lines of tests.equal_meshes."""
+    """The lines that tests.equal_meshes prints."""
     command = [sys.executable, "-m", "tests.equal_meshes", *cases]
     done = subprocess.run(command, cwd=ROOT, env=simulated(devices), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -49,17 +51,17 @@ def compare(cases: list[str], devices: int) -> list[dict]:
 
 
 def check_equal(line: dict) -> None:
-    assert max(line["metrics"].values()) <= LOSS and line["gradient"][0] <= GRADIENT, line
+    assert max(line["metrics"].values()) <= LOSS_BOUND and line["gradient"][0] <= GRADIENT_BOUND, line
     assert line["metrics"].keys() >= {"loss", "next_token", "depth", "seg", "grad_norm"} and not line["zero"]
 
 
 @pytest.fixture(scope="module")
 def fast():
-    """Lines of the fast case, of the wrong program, and of rows that hold one sample each."""
+    """Lines of the fast case, of the wrong program, and of the case with one sample per row."""
     return compare([FAST, "wrong", "fsdp=1/rows"], 16)
 
 
-def test_all_axes_at_once(fast):
+def test_loss_and_gradients_are_equal_with_four_axes_at_once(fast):
     check_equal(fast[0])
 
 
@@ -69,32 +71,34 @@ def test_samples_of_a_row_do_not_mix(fast):
 
 @pytest.mark.long
 @pytest.mark.parametrize("cases", [SINGLE, JOINT, WAYS], ids=["single", "joint", "ways"])
-def test_every_mesh(cases):
+def test_loss_and_gradients_are_equal_on_every_mesh(cases):
     for line in compare(cases, 8):
         check_equal(line)
         assert not line["activations"], line
 
 
-# Weights split over fsdp that a stage gathers in one step: in the forward pass, and again for the backward pass where
-# blocks are computed again. A ViT block has q, k, v, out, up, down; a decoder block gate too.
+# Component -> how many of its weights that are split over fsdp are gathered in one step: in the forward pass, and again
+# for the backward pass where blocks are computed again. A ViT block has q, k, v, out, up and down; a decoder block has
+# gate as well. The loss gathers four chunks of the output table, each during the work on the one before, and in the end
+# one that is not used.
 GATHERED = {
-    "encoder_clip": (2 * 6 + 1, 2 * 6),  # two layers and the patches' kernel
+    "encoder_clip": (2 * 6 + 1, 2 * 6),  # two layers and the patch kernel
     "encoder_dino": (2 * 6 + 1, 2 * 6),
     "fuser_clip": (2 * 4, 0),  # two attentions: offsets, weights, values, output
-    "aggregator": (3 * 2 + 11, 11),  # three projectors of two layers, one SVA layer, which is computed again
+    "aggregator": (3 * 2 + 11, 11),  # three projectors of two layers, and one SVA layer, which is computed again
     "llm": (3 * 7 + 1, 3 * 7),  # three layers and the embedding
     "llm_insert": (11, 11),  # one SVA layer
-    "next_token": (5, 5),  # four chunks of the output table, each while the one before is worked on, and one in vain
+    "next_token": (5, 5),
     "distill_depth": (5, 0),  # input projection, q, k, v, out
     "distill_seg": (5, 0),
 }
-# Gradients of split weights that are summed over the data axes. On a TPU one a weight; the CPU's compiler sums the
-# gradients of a weight that is used twice one by one (input projection, k and v of both teachers' predictors).
-WEIGHTS = sum(n for n, _ in GATHERED.values()) - 1  # the chunk gathered in vain has no gradient
+# How many gradients of split weights are summed over the data axes: on a TPU one per weight. The CPU's compiler sums
+# the gradients of a weight that is used twice one by one (input projection, k and v of both teachers' predictors).
+WEIGHTS = sum(n for n, _ in GATHERED.values()) - 1  # the unused chunk has no gradient
 SUMMED = {"cpu": WEIGHTS + 2 * 3, "tpu": WEIGHTS}
-# Activations that looped blocks (three, two, two) sum over tensor: forward (outputs of attention and MLP), repeated
-# forward (that of attention; the MLP's feeds nothing), backward (inputs of attention and MLP; the CPU's compiler sums
-# those of q, k, v, up and gate one by one).
+# Component -> how many activations its scanned blocks (three, two, two) sum over tensor: in the forward pass (outputs
+# of attention and MLP), when that is repeated (only the output of attention, since nothing there uses the MLP's), and
+# in the backward pass (inputs of attention and MLP; the CPU's compiler sums those of q, k, v, up and gate one by one).
 LOOPED = {
     "cpu": {"llm": (6, 3, 15), "encoder_clip": (4, 2, 8), "encoder_dino": (4, 2, 8)},
     "tpu": {"llm": (6, 3, 6), "encoder_clip": (4, 2, 4), "encoder_dino": (4, 2, 4)},
@@ -102,44 +106,45 @@ LOOPED = {
 
 
 def check_sent(program: dict, kind: str) -> None:
-    """No activation crosses the data axes; weights are gathered and gradients summed as often as the tables say."""
+    """No activation crosses the data axes; weights are gathered and gradients are summed as often as stated above."""
     assert not program["activations"]
-    # The TPU's compiler leaves out the chunk in vain where it is not worked on beside another, in the forward pass. One
-    # SVA layer is no loop to it: done again, that is joined with the first time, and seven weights are gathered once.
+    # In the forward pass the TPU's compiler leaves out the unused chunk. It also turns the loop over one SVA layer into
+    # straight code and merges its repetition with the first time, so seven weights are gathered only once.
     expected = GATHERED | ({"next_token": (4, 5), "aggregator": (9, 12)} if kind == "tpu" else {})
     assert {name: tuple(count) for name, count in program["gathered"].items()} == expected
     assert program["summed"] == SUMMED[kind]
     assert {name: tuple(count) for name, count in program["looped"].items()} == LOOPED[kind]
 
 
-def test_what_is_sent(fast):
+def test_only_weights_and_their_gradients_cross_data_shards(fast):
     check_sent(fast[0], "cpu")
 
 
 def test_features_sent_across_data_shards_are_found(fast):
     paths = fast[1]["activations"]
     assert len(paths) == 3 and any("jvp(fuser_clip)" in path for path in paths)
-    assert any("transpose(jvp(aggregator))" in path for path in paths)  # the gradient of the table put into rows
+    assert any("transpose(jvp(aggregator))" in path for path in paths)  # the gradient of the learned array in all rows
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs the TPU compiler: pip install "jaxmllm[tpu]"'
 )
-def test_what_is_sent_on_a_tpu(monkeypatch):
+def test_only_weights_and_their_gradients_cross_data_shards_on_a_tpu(monkeypatch):
     from jaxmllm.plan.chips import topology
     from jaxmllm.plan.compile import devices_of, prepare
     from jaxmllm.train.compiler import options
 
     prepare()
-    monkeypatch.setattr(meshes, "MIN_FSDP_SIZE", equal_meshes.SPLIT)
-    it = equal_meshes.program("data=2,fsdp=2,tensor=2/remat/scan", devices_of(topology("v5p:2x2x2")), options)
-    with jax.set_mesh(it.mesh):
-        text = it.lower().compile().as_text()
-    check_sent(equal_meshes.sent(it, text), "tpu")
+    monkeypatch.setattr(sharded, "MIN_FSDP_SIZE", equal_meshes.MIN_FSDP_SIZE)
+    case = "data=2,fsdp=2,tensor=2/remat/scan"
+    program = equal_meshes.make_program(case, devices_of(topology("v5p:2x2x2")), options)
+    with jax.set_mesh(program.mesh):
+        text = program.lower().compile().as_text()
+    check_sent(equal_meshes.sent(program, text), "tpu")
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    "overrides, says",
     [
         (["mesh.tensor=4"], "encoders_clip/blocks/layers/block/attn/q/kernel (32, 2, 1, 16): dimension 1 (heads, 2)"),
         (["mesh.context=8", "data.seq_len=252"], "tokens of a micro-batch (8, 252): dimension 1 (length, 252)"),
@@ -149,11 +154,11 @@ def test_what_is_sent_on_a_tpu(monkeypatch):
         ),
     ],
 )
-def test_a_dimension_that_does_not_divide_is_named(words, says):
-    run = override(load("configs/toy.py:tiny"), ["mesh.fsdp=1", *words])
+def test_a_dimension_that_does_not_divide_is_named(overrides, says):
+    run = override(load("configs/toy.py:tiny"), ["mesh.fsdp=1", *overrides])
     sizes = tuple(getattr(run.mesh, axis) for axis in meshes.AXES)
     abstract = AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Explicit,) * len(sizes))
     with jax.sharding.use_abstract_mesh(abstract), pytest.raises(ValueError) as error:
         stage_program(run, run.stages[-1], abstract)
-    message = str(error.value)
-    assert says in message and f"mesh axis {words[0].split('.')[1].split('=')[0]}" in message.replace("slice x ", "")
+    axis, message = overrides[0].removeprefix("mesh.").split("=")[0], str(error.value)
+    assert says in message and f"mesh axis {axis}" in message.replace("slice x ", "")

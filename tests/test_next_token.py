@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.objectives.next_token import IGNORE, next_token
+from jaxmllm.batch import IGNORE_LABEL
+from jaxmllm.objectives.next_token import next_token
 
 B, S, H, V = 4, 6, 16, 320
 
@@ -13,7 +14,7 @@ B, S, H, V = 4, 6, 16, 320
 def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(0), 5)
     labels = jax.random.randint(keys[2], (B, S), 0, V)
-    labels = jnp.where(jax.random.bernoulli(keys[4], 0.7, (B, S)), labels, IGNORE).at[0, 0].set(V - 1)
+    labels = jnp.where(jax.random.bernoulli(keys[4], 0.7, (B, S)), labels, IGNORE_LABEL).at[0, 0].set(V - 1)
     hidden, table = jax.random.normal(keys[0], (B, S, H)), jax.random.normal(keys[1], (V, H))
     return hidden, table.at[V - 1].set(9 * hidden[0, 0]), labels, jax.random.uniform(keys[3], (B, S))
 
@@ -21,7 +22,7 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 def plain(hidden, table, labels, weight):
     logits = jnp.einsum("bsh,vh->bsv", hidden, table)
     nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
-    return jnp.sum(jnp.where(labels != IGNORE, nll, 0) * weight), logits.argmax(-1) == labels
+    return jnp.sum(jnp.where(labels != IGNORE_LABEL, nll, 0) * weight), logits.argmax(-1) == labels
 
 
 def ours(hidden, table, labels, weight, chunk):
@@ -31,7 +32,7 @@ def ours(hidden, table, labels, weight, chunk):
 
 def check(ours, plain):
     ((loss, hit), grads), ((true_loss, true_hit), true_grads) = ours, plain
-    mask = np.asarray(inputs()[2]) != IGNORE
+    mask = np.asarray(inputs()[2]) != IGNORE_LABEL
     np.testing.assert_array_equal(np.asarray(hit)[mask], np.asarray(true_hit)[mask])
     assert np.asarray(hit)[0, 0] and not np.asarray(hit).all()
     np.testing.assert_allclose(loss, true_loss, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Parts of the visual path against PyTorch's operations and against transformers' modules with random weights."""
+"""Parts of the visual path, compared with PyTorch's operations and with transformers' modules with random weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxmllm.aggregators.resampler import Resampler
 from jaxmllm.batch import FeatureMap
 from jaxmllm.nn.maps import adaptive_pool, resize
 from jaxmllm.nn.primitives import Conv
-from jaxmllm.weights import tables
+from jaxmllm.weights import key_maps
 from jaxmllm.weights.convert import CONV, copy, export_weights, import_weights
 from tests.golden_case import shapes
-from tests.parity import apply, close, randomised
+from tests.parity import apply, close, randomise
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 transformers = pytest.importorskip("transformers")
@@ -61,23 +61,23 @@ def test_convolution(side, depthwise):
 
 
 def test_qformer():
-    """Several layers without a question to the image between those with one."""
+    """Layers with and without cross-attention to the image."""
     sizes = dict(hidden_size=24, num_hidden_layers=5, num_attention_heads=3, intermediate_size=40)
     config = transformers.Blip2QFormerConfig(
         **sizes, encoder_hidden_size=16, cross_attention_frequency=2, hidden_act="gelu"
     )
-    theirs = randomised(transformers.Blip2QFormerModel(config))
+    theirs = randomise(transformers.Blip2QFormerModel(config))
     queries, image = torch.from_numpy(random(1, 4, 24)), random(2, 3, 5, 16, seed=1)
-    linear = randomised(torch.nn.Linear(24, 12))
+    linear = randomise(torch.nn.Linear(24, 12))
     weights = {f"qformer.{k}": v for k, v in theirs.state_dict().items()}
     weights |= {"query_tokens": queries} | {f"language_projection.{k}": v for k, v in linear.state_dict().items()}
     ours = QFormer(12, tokens=4, width=24, depth=5, heads=3, mlp=40)
     mask = np.ones((2, 3, 5), bool)
     mask[1, 0] = False
     example = {"a": FeatureMap(jnp.asarray(image))}, {"a": jnp.asarray(mask)}
-    table, foreign = tables.qformer(ours), {k: v.numpy() for k, v in weights.items()}
-    params = import_weights(table, foreign, shapes(ours, *example))
-    assert all(np.array_equal(x, foreign[k]) for k, x in export_weights(table, params).items())
+    key_map, foreign = key_maps.qformer(ours), {k: v.numpy() for k, v in weights.items()}
+    params = import_weights(key_map, foreign, shapes(ours, *example))
+    assert all(np.array_equal(x, foreign[k]) for k, x in export_weights(key_map, params).items())
     states = theirs(
         query_embeds=queries.expand(2, -1, -1),
         encoder_hidden_states=torch.from_numpy(image).flatten(1, 2),
@@ -90,14 +90,14 @@ def test_resampler():
     from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
     config = transformers.IdeficsConfig(vision_config={"embed_dim": 16})
-    theirs = randomised(IdeficsPerceiverResampler(config, 16, depth=2, n_heads=3, head_dim=8, n_latents=5))
+    theirs = randomise(IdeficsPerceiverResampler(config, 16, depth=2, n_heads=3, head_dim=8, n_latents=5))
     image = random(2, 4, 3, 16)
     ours = Resampler(16, 16, tokens=5, depth=2, heads=3, head_dim=8)
     example = {"a": FeatureMap(jnp.asarray(image))}, {"a": jnp.ones((2, 4, 3), bool)}
-    table = tables.resampler(2) + copy("eye", "projector/kernel") + copy("zero", "projector/bias")
+    key_map = key_maps.resampler(2) + copy("eye", "projector/kernel") + copy("zero", "projector/bias")
     foreign = {k: v.numpy() for k, v in theirs.state_dict().items()}
     last = {"eye": np.eye(16, dtype=np.float32), "zero": np.zeros(16, np.float32)}
-    params = import_weights(table, foreign | last, shapes(ours, *example))
+    params = import_weights(key_map, foreign | last, shapes(ours, *example))
     close(tokens(ours, params, image), theirs(torch.from_numpy(image).flatten(1, 2)))
 
 
@@ -106,14 +106,14 @@ def test_pixel_shuffle():
 
     text = {"hidden_size": 8, "num_attention_heads": 2, "model_type": "llama"}
     config = transformers.Idefics3Config(vision_config={"hidden_size": 6}, text_config=text, scale_factor=3)
-    theirs, image = randomised(Idefics3Connector(config)), random(2, 6, 6, 6)
+    theirs, image = randomise(Idefics3Connector(config)), random(2, 6, 6, 6)
     kernel = theirs.modality_projection.proj.weight.detach().numpy().T
     params = {"projector/linear_0/kernel": kernel, "projector/linear_0/bias": np.zeros(8, np.float32)}
     close(tokens(PixelShuffle(8, 2, 3, depth=1), params, image), theirs(torch.from_numpy(image).flatten(1, 2)))
 
 
 def test_block_of_c_abstractor():
-    """The formula of timm's RegNet bottleneck (depthwise, squeeze and excitation) in PyTorch's operations."""
+    """Compares with timm's RegNet bottleneck (depthwise, squeeze and excitation), written in PyTorch's operations."""
     x, block = random(2, 5, 6, 8), RegBlock(12)
     ours = {path: random(*s, seed=i) * 0.5 for i, (path, s) in enumerate(shapes(block, jnp.asarray(x)).items())}
 

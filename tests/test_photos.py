@@ -1,4 +1,4 @@
-"""Real photographs, of all shapes and modes, go through the pipeline, a training step and generation."""
+"""Photographs of many shapes and colour modes go through the data pipeline, training and generation."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints are read without torch, and can run nothing."""
+"""PyTorch checkpoints are read without torch and cannot run any code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stream(path, *parts):
 
 def test_nothing_can_be_called(tmp_path):
     name = f"{os.system.__module__}.system"
-    with pytest.raises(ValueError, match=f"it wants {name}, which is not allowed in a file of weights"):
+    with pytest.raises(ValueError, match=f"it calls {name}, which is not allowed in a file of weights"):
         open_pickled(stream(tmp_path / "evil.pth", MAGIC, 1001, {}, {"a": Evil()}, []))
 
 
@@ -32,7 +32,7 @@ def test_nothing_can_be_called(tmp_path):
     [
         ((b"damaged",), "cannot read"),
         ((MAGIC, 1001, {}), "Ran out of input"),
-        ((MAGIC + 1, 1001, {}, {}, []), "it is no PyTorch checkpoint"),
+        ((MAGIC + 1, 1001, {}, {}, []), "it is not a PyTorch checkpoint"),
     ],
 )
 def test_damaged(parts, message, tmp_path):
@@ -67,11 +67,11 @@ def test_as_torch_reads_it(zipped, tmp_path):
 
 
 @pytest.mark.torch
-def test_view_outside_its_storage(tmp_path):
+def test_view_beyond_its_storage(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"a": torch.zeros(3)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "a.pth").read_bytes()
     assert content.count(b"K\x03\x85") == 1  # the shape (3,)
     (tmp_path / "a.pth").write_bytes(content.replace(b"K\x03\x85", b"K\x04\x85"))
-    with pytest.raises(ValueError, match=r"a tensor of shape \(4,\) leaves its storage of 3 numbers"):
+    with pytest.raises(ValueError, match=r"a tensor of shape \(4,\) reaches beyond its storage of 3 numbers"):
         open_pickled(tmp_path / "a.pth")

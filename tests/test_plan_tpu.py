@@ -1,4 +1,4 @@
-"""Prices of programs whose cost is known, through the real TPU compiler. Skipped where libtpu is not installed."""
+"""Prices of programs whose cost is known, with the real TPU compiler. Skipped if libtpu is not installed."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ NAMES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2
 
 
 def planned(f, *shapes, name="v5p:2x2x1", specs=None, options=None):
-    """Timeline of f compiled for one chip of a topology, or for all of them if specs are given (axis "x")."""
+    """Timeline of f, compiled for one chip of a topology, or for all of its chips (axis "x") if specs are given."""
     from jaxmllm.plan import hlo
     from jaxmllm.plan.chips import topology
     from jaxmllm.plan.compile import devices_of, prepare
@@ -64,12 +64,12 @@ def test_a_scan_of_k_layers_costs_k_times_one():
         return cycles(planned(layers, ((4096, 4096), jnp.bfloat16), ((k, 4096, 4096), jnp.bfloat16)))
 
     two, four, eight = cost(2), cost(4), cost(8)
-    assert eight - four == pytest.approx(2 * (four - two), rel=1e-3)  # the same fixed part, then so much a layer
+    assert eight - four == pytest.approx(2 * (four - two), rel=1e-3)  # a fixed part and the same cost per layer
     assert eight == pytest.approx(4 * two, rel=0.1)
 
 
 def test_a_windowed_collective_matmul_costs_the_matmul():
-    """The weight comes from 16 chips; the compiler may gather it first or in a loop of partial matmuls."""
+    """The weight is split over 16 chips; the compiler may gather it first, or in a loop of partial matmuls."""
     m, k, n = 8192, 4096, 14336
     shapes, specs = [((16 * m, k), jnp.bfloat16), ((k, n), jnp.bfloat16)], [P("x"), P("x")]
     whole = planned(lambda x, w: x @ w, *shapes, name="v5p:2x2x4", specs=specs)
@@ -80,7 +80,7 @@ def test_a_windowed_collective_matmul_costs_the_matmul():
     ideal = 2 * m * k * n / whole.chip.flops
     for line in (whole, parts):
         assert ideal < line.seconds < 1.5 * ideal
-    # The loop hides all parts but the first, which nothing precedes; the gather is waited for as a whole.
+    # The loop hides the transfer of all parts except the first; the whole of the gather is waited for.
     exposed = [sum(c.exposed for c in line.charges) for line in (parts, whole)]
     part = k * n * 2 / 16 / whole.chip.link_rate
     assert exposed[0] == pytest.approx(part, rel=0.05) and exposed[1] > 2 * part
@@ -111,19 +111,19 @@ def test_passes_left_out_of_a_plan_change_no_estimate(chip):
 
 @pytest.mark.long
 def test_plan_prints_and_writes_every_figure(tmp_path):
-    words = ("plan", "configs/toy.py:tiny", "--topology", "v5p:2x2x1", "--stage", "instruct")
-    done = jaxmllm(*words, "--json", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
+    args = ("plan", "configs/toy.py:tiny", "--topology", "v5p:2x2x1", "--stage", "instruct")
+    done = jaxmllm(*args, "--json", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
     found = json.loads((tmp_path / "plan.json").read_text())
     wanted = {
-        "fits", "hbm_bytes", "hbm_limit_bytes", "model_flops", "cycles", "cycles_by_stage", "unpriced",
+        "fits", "hbm_bytes", "hbm_limit_bytes", "model_flops", "cycles", "cycles_by_component", "unpriced",
         "collective_bytes", "exposed_collective_seconds", "predicted_step_seconds", "predicted_mfu",
         "tokens_per_second_per_chip", "images_per_second_per_chip", "compile_seconds", "chip_hours",
     }  # fmt: skip
     assert found["fits"] and all(found[key] is not None for key in wanted)
-    stages = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "next_token", "head"}
-    assert stages | {"distill_depth", "distill_seg", "optimizer"} <= set(found["cycles_by_stage"])
+    components = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "next_token", "head"}
+    assert components | {"distill_depth", "distill_seg", "optimizer"} <= set(found["cycles_by_component"])
     assert "fits" in done.stdout and "MFU" in done.stdout
-    same = jaxmllm(*words, "--compare", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
+    same = jaxmllm(*args, "--compare", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
     assert "+0.0%" in same.stdout
 
 
@@ -137,10 +137,10 @@ def test_long_rows_have_no_array_of_scores():
     compiling.prepare()
     s = 1024
     sizes = {"width": 512, "layers": 2, "kv_heads": 2, "heads": 4, "head_dim": 128, "mlp": 768, "vocab": 1280}
-    words = [*(f"model.llm.{k}={v}" for k, v in sizes.items()), f"data.seq_len={s}", "stages.text.rows=8"]
-    run = configs.override(configs.load("configs/llama3_8b.py"), words)
+    overrides = [*(f"model.llm.{k}={v}" for k, v in sizes.items()), f"data.seq_len={s}", "stages.text.rows=8"]
+    run = configs.override(configs.load("configs/llama3_8b.py"), overrides)
     program = compiling.compile_stage(run, run.stages[0], topology("v5p:2x2x1"), print)
-    found = [each for part in hlo.parse(program.text).computations.values() for each in part.values()]
-    assert {each.name.split("_")[0] for each in found if "_flash_" in each.name} == {"forward", "backward"}
-    scores = [each for each in found for array in each.arrays if array.dtype == "f32" and array.dims.count(s) > 1]
+    instructions = [i for part in hlo.parse(program.text).computations.values() for i in part.values()]
+    assert {i.name.split("_")[0] for i in instructions if "_flash_" in i.name} == {"forward", "backward"}
+    scores = [i for i in instructions for array in i.arrays if array.dtype == "f32" and array.dims.count(s) > 1]
     assert not scores

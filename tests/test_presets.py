@@ -1,4 +1,4 @@
-"""Presets have as many parameters as the models they are named after (counted without making any)."""
+"""Each preset has as many parameters as the model that it is named after, counted without creating any."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def count_encoder(vit) -> int:
 @pytest.mark.parametrize(
     "preset, parameters",
     [
-        # torch parameters of Hugging Face's vision models at these sizes, and what a ViT here has no use for
+        # torch parameters of Hugging Face's vision models at these sizes, minus those that a ViT here does not need
         (encoders.clip_l_336, 303_507_456),
         (encoders.siglip_so400m_384, 428_225_600 - 15_238_352),  # the pooling head
         (encoders.siglip2_so400m_384, 428_225_600 - 15_238_352),
@@ -55,7 +55,7 @@ def test_pyramid(encoder, parameters):
 
 
 def test_cambrian_towers():
-    """Maps and pad colours of specs: 24, 24, 24 and 96 a side; widths 1152, 1024, 1536 and 5760."""
+    """Pad colours, and maps of 24, 24, 24 and 96 cells a side with widths 1152, 1024, 1536 and 5760."""
     towers = encoders.cambrian()
     colors = [(122, 116, 104), (122, 116, 104), (123, 116, 103), (122, 116, 104)]
     assert [tower.input.pad_color for tower in towers.values()] == colors
@@ -70,7 +70,7 @@ def test_cambrian_towers():
 
 
 def test_only_blocks_that_are_read_are_built():
-    """LLaVA-1.5 reads CLIP's tap 23 of 24: one block and the final norm less."""
+    """LLaVA-1.5 reads CLIP's tap 23 of 24, so one block and the final norm are missing."""
     block = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
     assert count_encoder(encoders.clip_l_336()) == 303_507_456 - block - 2 * 1024 == 290_909_184
 

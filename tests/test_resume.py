@@ -48,7 +48,7 @@ def test_kill_and_resume_is_bit_equal(scenes, tmp_path):
     jaxmllm("train", *words, "--workdir", tmp_path / "straight")
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxmllm.main", "train", *words, "--workdir", str(killed)],
+        [sys.executable, "-m", "jaxmllm", "train", *words, "--workdir", str(killed)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ def test_finished_run_does_nothing_more(scenes, tmp_path):
 def test_sigterm_saves(scenes, tmp_path, phase):
     words = settings(scenes, **{"stages.align.steps": 4000, "save_every": 100000})
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxmllm.main", "train", *words, "--workdir", str(tmp_path)],
+        [sys.executable, "-m", "jaxmllm", "train", *words, "--workdir", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Bilinear sampling: both forms against single pixels, the TPU kernels run by Pallas's interpreter on CPU."""
+"""Bilinear sampling: the plain form against single pixels, and the TPU kernels, interpreted on a CPU, against it."""
 
 import itertools
 import subprocess
@@ -10,23 +10,25 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxmllm import mesh
+from jaxmllm import mesh, sharded
 from jaxmllm.fusers.mmfuser import MMFuser
-from jaxmllm.nn import sampling
+from jaxmllm.nn import compiler
+from jaxmllm.nn.sampling import choose
+from jaxmllm.nn.sampling.plain import plain_sample
+from jaxmllm.nn.sampling.tpu import tpu_sample, vmem_available, vmem_needed
 from jaxmllm.train.state import flatten, unflatten
 from tests import visual_zoo as zoo
 from tests.conftest import ROOT, simulated
 
 NAN = pltpu.InterpretParams(uninitialized_memory="nan")  # a simulation of a TPU's memory
-on_chip = sampling.on_chip  # a test below puts `kernel` in its place
 
 
 def kernel(*x, interpret=True):
-    return on_chip(*x, interpret=interpret)
+    return tpu_sample(*x, interpret=interpret)
 
 
 def example(sizes: list[tuple[int, int]], n=2, queries=150, heads=3, d=8, dtype=jnp.float32):
-    """Values (levels of one size together), places of which every other lies on a pixel, weights, a cotangent."""
+    """Values (levels of one size joined), places (every other one on a pixel), weights, a cotangent."""
     rng = np.random.default_rng(0)
     runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
     values = [jnp.asarray(rng.normal(size=(count, n, *size, heads * d)), dtype) for size, count in runs]
@@ -36,7 +38,7 @@ def example(sizes: list[tuple[int, int]], n=2, queries=150, heads=3, d=8, dtype=
     return values, jnp.asarray(at), jnp.asarray(weights), jnp.asarray(rng.normal(size=(n, queries, heads * d)), dtype)
 
 
-def both(form, values, at, weights, g):
+def value_and_gradients(form, values, at, weights, g):
     """Output and gradients."""
     y, vjp = jax.vjp(form, values, at, weights)
     return y, vjp(g)
@@ -50,28 +52,28 @@ def test_the_plain_form_pixel_by_pixel():
         for i, j in np.ndindex(levels[level].shape[1:3]):
             near = max(0, 1 - abs(x - j)) * max(0, 1 - abs(y - i))
             expected[q, m] += weights[0, q, m, level, k] * near * levels[level][0, i, j].reshape(2, 2)[m]
-    np.testing.assert_allclose(sampling.plain(values, at, weights)[0], expected.reshape(7, 4), atol=1e-5)
+    np.testing.assert_allclose(plain_sample(values, at, weights)[0], expected.reshape(7, 4), atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [sampling.plain, kernel])
+@pytest.mark.parametrize("form", [plain_sample, kernel])
 def test_slopes_of_sampled_pixels(form):
-    """Between pixels and on them, in the map and out of it: what a step to both sides changes."""
+    """Between pixels and on them, inside the map and outside: the change between a step to either side."""
     keys = jax.random.split(jax.random.key(0), 3)
     values = [jax.random.normal(keys[0], (1, 1, 4, 5, 3))]
     spots = jnp.array(list(itertools.product([-2, -1.5, -1, -0.25, 0, 1.5, 3, 4, 4.75, 5], repeat=2)))
     at, weights = spots[None, :, None, None, None], jax.random.normal(keys[1], (1, len(spots), 1, 1, 1))
     g, step = jax.random.normal(keys[2], (1, len(spots), 3)), 2.0**-6
-    _, (_, by_place, by_weight) = both(form, values, at, weights, g)
+    _, (_, by_place, by_weight) = value_and_gradients(form, values, at, weights, g)
     for axis in range(2):
-        right, left = (sampling.plain(values, at.at[..., axis].add(by), weights) for by in (step, -step))
+        right, left = (plain_sample(values, at.at[..., axis].add(by), weights) for by in (step, -step))
         moved = (right - left) / (2 * step)
         np.testing.assert_allclose(by_place[0, :, 0, 0, 0, axis], (moved * g).sum(-1)[0], atol=1e-4)
-    unweighted = sampling.plain(values, at, jnp.ones_like(weights))
+    unweighted = plain_sample(values, at, jnp.ones_like(weights))
     np.testing.assert_allclose(by_weight[0, :, 0, 0, 0], (unweighted * g).sum(-1)[0], atol=1e-5)
 
 
-# Sizes of levels, queries, heads, channels of one. Heads worked on: all three, with the last queries alone in their
-# block; two of four, maps in several pieces; one, no multiple of 128 channels.
+# Sizes of levels, queries, heads, channels of a head. Heads worked on at once: all three, with a last block of few
+# queries; two of four, with maps in several pieces; one, whose channels are no multiple of 128.
 CASES = [
     ([(5, 6), (7, 9), (6, 5)], 150, 3, 8),
     ([(37, 37), (37, 37)], 128, 4, 64),
@@ -82,26 +84,26 @@ CASES = [
 @pytest.mark.parametrize("interpret", [True, NAN])
 @pytest.mark.parametrize("sizes, queries, heads, d", CASES)
 def test_kernels_equal_the_plain_form(sizes, queries, heads, d, interpret):
-    """Nothing is read before it is written either."""
+    """Also, nothing is read before it is written."""
     x = example(sizes, 2 if heads < 4 else 1, queries, heads, d)
-    found = jax.jit(lambda *x: both(lambda *x: kernel(*x, interpret=interpret), *x))(*x)
-    wanted = jax.jit(lambda *x: both(sampling.plain, *x))(*x)
+    found = jax.jit(lambda *x: value_and_gradients(lambda *x: kernel(*x, interpret=interpret), *x))(*x)
+    wanted = jax.jit(lambda *x: value_and_gradients(plain_sample, *x))(*x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, wanted)
 
 
 def test_kernels_in_bfloat16():
-    """Against float32 of the same numbers."""
+    """Against the same numbers in float32."""
     values, at, weights, g = example([(9, 9)] * 2, 1, 70, 2, 64, jnp.bfloat16)
-    found = jax.jit(lambda *x: both(kernel, *x))(values, at, weights, g)
+    found = jax.jit(lambda *x: value_and_gradients(kernel, *x))(values, at, weights, g)
     assert found[0].dtype == found[1][0][0].dtype == jnp.bfloat16
     single = [value.astype(jnp.float32) for value in values]
-    wanted = both(sampling.plain, single, at, weights, g.astype(jnp.float32))
+    wanted = value_and_gradients(plain_sample, single, at, weights, g.astype(jnp.float32))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * float(jnp.abs(b).max()))
 
 
 def test_mmfuser_as_on_a_tpu(monkeypatch):
-    """With rows filled up to whole tiles and the kernels: maps of one size, and of several."""
+    """With rows padded to whole tiles and with the kernels; maps of one size, and of several."""
     fuser = MMFuser(heads=2)
     for sizes in ([(5, 5)] * 3, [(3, 4), (3, 4), (6, 2), (5, 5)]):
         rng = np.random.default_rng(0)
@@ -116,30 +118,30 @@ def test_mmfuser_as_on_a_tpu(monkeypatch):
 
         wanted = jax.jit(run)(params, taps)
         with monkeypatch.context() as tpu:
-            tpu.setattr(mesh, "platform", lambda: "tpu")
-            tpu.setattr(sampling, "on_chip", kernel)
+            tpu.setattr(compiler, "platform", lambda: "tpu")
+            tpu.setattr(choose, "tpu_sample", kernel)
             found = jax.jit(lambda *x: run(*x))(params, taps)
         close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
         jax.tree.map(close, found, wanted)
 
 
-def test_what_the_kernels_hold():
-    """Maps of two heads of 64 channels and their gradients in bfloat16, twice, and float32 sums."""
+def test_on_chip_memory_of_the_kernels():
+    """Maps of two heads of 64 channels and their gradients in bfloat16, both twice, and float32 sums."""
     clip = [jax.ShapeDtypeStruct((4, 8, 24, 24, 1024), jnp.bfloat16)]
-    assert sampling.held(clip, 16) == 4 * 24 * 24 * 128 * (2 * 2 + 2 * 2 + 4) < sampling.room()
-    assert sampling.held([jax.ShapeDtypeStruct((5, 8, 96, 96, 1024), jnp.bfloat16)], 16) > sampling.room()
+    assert vmem_needed(clip, 16) == 4 * 24 * 24 * 128 * (2 * 2 + 2 * 2 + 4) < vmem_available()
+    assert vmem_needed([jax.ShapeDtypeStruct((5, 8, 96, 96, 1024), jnp.bfloat16)], 16) > vmem_available()
 
 
 def images_and_heads_split() -> None:
     """On four devices: images over fsdp 2, heads over tensor 2; both forms."""
     values, at, weights, g = example([(5, 6), (5, 6), (4, 7)], 2, 40, 4, 8)
-    wanted = both(sampling.plain, values, at, weights, g)
+    wanted = value_and_gradients(plain_sample, values, at, weights, g)
     with jax.set_mesh(mesh.Mesh(fsdp=2, tensor=2).build()):
-        values = [mesh.shard(v, None, "batch", None, None, "heads") for v in values]
-        at, weights = (mesh.shard(x, "batch", None, "heads", *[None] * (x.ndim - 3)) for x in (at, weights))
-        g = mesh.shard(g, "batch", None, "heads")
-        for form in (sampling.plain, kernel):
-            found = jax.jit(lambda *x, form=form: both(form, *x))(values, at, weights, g)
+        values = [sharded.shard(v, None, "batch", None, None, "heads") for v in values]
+        at, weights = (sharded.shard(x, "batch", None, "heads", *[None] * (x.ndim - 3)) for x in (at, weights))
+        g = sharded.shard(g, "batch", None, "heads")
+        for form in (plain_sample, kernel):
+            found = jax.jit(lambda *x, form=form: value_and_gradients(form, *x))(values, at, weights, g)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Composed scenes: the answers are read again from the written maps, without the code that made them."""
+"""Composed scenes: the answers are derived again from the written maps, without the code that made them."""
 
 import json
 import re
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmllm.data.scene_files import FIRST_NOUNS, HELDOUT_NOUNS, make_scenes, scene_at
-from jaxmllm.data.scene_questions import conversation
-from jaxmllm.data.scenes import CARD_DEPTH, KINDS, MIN_VISIBLE, compose, plurals
+from jaxmllm.scenes.compose import CARD_DEPTH, KINDS, MIN_VISIBLE, compose, plurals
+from jaxmllm.scenes.files import FIRST_NOUNS, HELDOUT_NOUNS, make_scenes, scene_at
+from jaxmllm.scenes.questions import conversation
 
 ARGS = {"train": 400, "heldout": 300, "seed": 3}
 SINGULAR = {plural: noun for noun, plural in plurals().items()}
@@ -32,27 +32,27 @@ def maps(folder: Path, image: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def answer_from_maps(question: str, nouns: list[str], depth: np.ndarray, instances: np.ndarray) -> str:
-    """The answer to any question but the caption, from pixels; `nouns[k - 1]` is what instance k is."""
+    """The answer to any question except the caption, from pixels; `nouns[k - 1]` is the noun of instance k."""
     pixels = {noun: np.argwhere(instances == k) for k, noun in enumerate(nouns, start=1)}  # (row, column)
-    if found := re.fullmatch(r"How many (.+) are there\?", question):
+    if match := re.fullmatch(r"How many (.+) are there\?", question):
         visible = set(np.unique(instances)) - {0}
-        return str(sum(nouns[k - 1] == SINGULAR[found[1]] for k in visible))
-    if found := re.fullmatch(r"Is there an? (.+)\?", question):
-        return "yes" if found[1] in nouns else "no"
-    if found := re.fullmatch(r"Is the (.+) (left or right of|above or below) the (.+)\?", question):
-        axis, before, after = (1, "left", "right") if "left" in found[2] else (0, "above", "below")
-        a, b = (pixels[found[i]][:, axis] for i in (1, 3))
-        assert a.max() < b.min() or b.max() < a.min(), "the two overlap along the axis asked about"
+        return str(sum(nouns[k - 1] == SINGULAR[match[1]] for k in visible))
+    if match := re.fullmatch(r"Is there an? (.+)\?", question):
+        return "yes" if match[1] in nouns else "no"
+    if match := re.fullmatch(r"Is the (.+) (left or right of|above or below) the (.+)\?", question):
+        axis, before, after = (1, "left", "right") if "left" in match[2] else (0, "above", "below")
+        a, b = (pixels[match[i]][:, axis] for i in (1, 3))
+        assert a.max() < b.min() or b.max() < a.min(), "the two objects overlap along the axis of the question"
         return before if a.max() < b.min() else after
-    if found := re.fullmatch(r"Which is closer, the (.+) or the (.+)\?", question):
-        a, b = (depth[tuple(pixels[found[i]][0])] / 65535 for i in (1, 2))
-        assert max(a, b) > 1.15 * min(a, b), "the depths are too much alike"
-        return found[1] if a > b else found[2]
-    if found := re.fullmatch(r"Which is closer to the (.+), the (.+) or the (.+)\?", question):
-        anchor, a, b = ((pixels[found[i]].min(0) + pixels[found[i]].max(0)) / 2 for i in (1, 2, 3))
+    if match := re.fullmatch(r"Which is closer, the (.+) or the (.+)\?", question):
+        a, b = (depth[tuple(pixels[match[i]][0])] / 65535 for i in (1, 2))
+        assert max(a, b) > 1.15 * min(a, b), "the depths are too similar"
+        return match[1] if a > b else match[2]
+    if match := re.fullmatch(r"Which is closer to the (.+), the (.+) or the (.+)\?", question):
+        anchor, a, b = ((pixels[match[i]].min(0) + pixels[match[i]].max(0)) / 2 for i in (1, 2, 3))
         to_a, to_b = np.linalg.norm(a - anchor), np.linalg.norm(b - anchor)
-        assert max(to_a, to_b) > 1.3 * min(to_a, to_b), "the distances are too much alike"
-        return found[2] if to_a < to_b else found[3]
+        assert max(to_a, to_b) > 1.3 * min(to_a, to_b), "the distances are too similar"
+        return match[2] if to_a < to_b else match[3]
     assert question == "What is this?"
     assert len(nouns) == 1
     return nouns[0]
@@ -134,7 +134,7 @@ def test_depth_instances_and_visibility(kind: str) -> None:
             assert mask[top:bottom, left:right].sum() == mask.sum()
             np.testing.assert_allclose(scene.depth[mask], thing.depth, rtol=1e-6)
             if kind == "depth":
-                # Other objects may hide it; the ground in its foot's row is as near as the foot.
+                # Other objects may hide it, but the ground in the row of its foot is as near as the foot.
                 ground = scene.depth[bottom - 1][scene.instances[bottom - 1] == 0]
                 assert abs(ground.max() - thing.depth) < 0.02
             else:
@@ -143,7 +143,7 @@ def test_depth_instances_and_visibility(kind: str) -> None:
 
 
 def test_enough_of_every_object_is_visible() -> None:
-    fill = {}  # the share of its box that a sprite covers where nothing hides it
+    fill = {}  # noun -> the share of its box that its sprite covers if nothing hides it
     for i in range(200):
         scene = compose(np.random.default_rng(i), FIRST_NOUNS, 96, "single")
         left, top, right, bottom = scene.objects[0].box
@@ -153,7 +153,7 @@ def test_enough_of_every_object_is_visible() -> None:
         for k, thing in enumerate(scene.objects, start=1):
             left, top, right, bottom = thing.box
             whole = fill[thing.noun] * (right - left) * (bottom - top)
-            assert (scene.instances == k).sum() > (MIN_VISIBLE - 0.05) * whole  # reduced sprites differ a little
+            assert (scene.instances == k).sum() > (MIN_VISIBLE - 0.05) * whole  # smaller sprites differ a little
         depths = [thing.depth for thing in scene.objects]
         assert depths == sorted(depths)
 
@@ -247,7 +247,7 @@ def test_bad_arguments_are_named(tmp_path: Path, bad: dict[str, int]) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_compose_names_what_is_wrong() -> None:
+def test_errors_of_compose_name_what_is_wrong() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="no sprite of gryphon"):
         compose(rng, [*FIRST_NOUNS, "gryphon"], 96)

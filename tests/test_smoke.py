@@ -1,4 +1,4 @@
-"""The whole path in one minute: train, resume, evaluate, talk. Also run on the newest Python."""
+"""The whole path in one minute: train, resume, evaluate, chat. Also run on the newest Python."""
 
 import json
 
@@ -6,10 +6,10 @@ from tests.conftest import jaxmllm, settings
 
 
 def test_train_resume_eval_chat(scenes, tmp_path):
-    words = settings(scenes, **{"stages.align.steps": 4, "stages.instruct.steps": 2})
-    jaxmllm("train", *words, "--workdir", tmp_path)
-    again = jaxmllm("train", *words, "--workdir", tmp_path)
-    assert "compiling" not in again.stderr  # nothing was left to do
+    args = settings(scenes, **{"stages.align.steps": 4, "stages.instruct.steps": 2})
+    jaxmllm("train", *args, "--workdir", tmp_path)
+    again = jaxmllm("train", *args, "--workdir", tmp_path)
+    assert "compiling" not in again.stderr  # nothing is left to do
     rows = ("--rows", scenes / "heldout.jsonl", "--train-rows", scenes / "train_rows.jsonl")
     table = jaxmllm("eval", tmp_path, *rows).stdout
     assert table.split()[:5] == ["kind", "n", "model", "blind", "shuffled"]

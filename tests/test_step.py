@@ -1,4 +1,4 @@
-"""One compiled step serves text-only, image and mixed batches, and masked image slots change nothing."""
+"""The train step: one program for text, images and both; what is masked or in another sample changes nothing."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm import mesh as meshes
-from jaxmllm.batch import Batch, empty_batch
+from jaxmllm import host_batches
+from jaxmllm.batch import IGNORE_LABEL, Batch, empty_batch
 from jaxmllm.config import load
 from jaxmllm.train.optim import optimizer
 from jaxmllm.train.setup import initial_params
@@ -37,8 +37,8 @@ def params(run, mesh):
     return jax.jit(lambda: initial_params(dataclasses.replace(run, data=data)))()
 
 
-def make_batch(run, images_per_row: list[int], seed: int = 0) -> Batch:
-    """Random text; row r holds images_per_row[r] images, one per sample, two samples a row."""
+def random_batch(run, images_per_row: list[int], seed: int = 0) -> Batch:
+    """Random text, two samples in each row; row r has images_per_row[r] images, at most one per sample."""
     rng = np.random.default_rng(seed)
     layout = run.model.layout
     batch = empty_batch(layout, ROWS, S, SLOTS, run.model.target_shapes)
@@ -46,13 +46,13 @@ def make_batch(run, images_per_row: list[int], seed: int = 0) -> Batch:
     batch.tokens[:] = rng.integers(6, 60, (ROWS, S))
     batch.segment_ids[:] = np.repeat([1, 2], half)
     batch.positions[:] = np.tile(np.arange(half), 2)
-    batch.labels[:] = np.where(rng.random((ROWS, S)) < 0.2, rng.integers(6, 60, (ROWS, S)), -100)
+    batch.labels[:] = np.where(rng.random((ROWS, S)) < 0.2, rng.integers(6, 60, (ROWS, S)), IGNORE_LABEL)
     for r, count in enumerate(images_per_row):
         for i in range(count):
             at = i * half + 2
             batch.visual_positions[r, i] = np.arange(at, at + block)
             batch.visual_index[r, at : at + block] = i * block + np.arange(block)
-            batch.labels[r, at : at + block] = -100
+            batch.labels[r, at : at + block] = IGNORE_LABEL
             for pixels in batch.images.values():
                 pixels[r, i] = rng.integers(0, 256, pixels.shape[2:])
             for name, target in batch.targets.items():
@@ -66,11 +66,11 @@ def loss_and_gradients(run, mesh, params, batch):
         terms, _ = run.model.apply({"params": unflatten(params)}, batch, tuple(LOSSES))
         return sum(LOSSES[k] * jnp.where(t.mask, t.values, 0).sum() for k, t in terms.items())
 
-    batch = meshes.to_global(batch, mesh)
+    batch = host_batches.global_from_rows(batch, mesh)
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-def test_one_compilation_for_every_mix(run, mesh, params):
+def test_one_compiled_step_serves_text_images_and_both(run, mesh, params):
     stage = run.stages[0]
     table = match_rules(stage.rules, list(params))
     tx = optimizer(stage.optim, stage.steps, table)
@@ -78,14 +78,14 @@ def test_one_compilation_for_every_mix(run, mesh, params):
     state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, jax.jit(tx.init)(trainable))
     step = jax.jit(make_step(run.model, LOSSES, tx, jnp.float32, 1))
     for images in ([0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 2, 0]):
-        state, metrics = step(state, meshes.to_global(make_batch(run, images), mesh))
+        state, metrics = step(state, host_batches.global_from_rows(random_batch(run, images), mesh))
         assert all(np.isfinite(v) for v in jax.device_get(metrics).values()), metrics
     assert step._cache_size() == 1
     assert all(np.isfinite(v).all() for v in jax.device_get(state.trainable).values())
 
 
 def test_masked_slots_change_nothing(run, mesh, params):
-    clean, dirty = (make_batch(run, [0, 1, 0, 1]) for _ in range(2))
+    clean, dirty = (random_batch(run, [0, 1, 0, 1]) for _ in range(2))
     empty = clean.visual_positions[:, :, 0] < 0
     rng = np.random.default_rng(1)
     for name in dirty.images:
@@ -99,8 +99,8 @@ def test_masked_slots_change_nothing(run, mesh, params):
         np.testing.assert_array_equal(grads[path], grads2[path], err_msg=path)
 
 
-def test_text_only_batch_trains_text_and_nothing_else(run, mesh, params):
-    _, grads = loss_and_gradients(run, mesh, params, make_batch(run, [0, 0, 0, 0]))
+def test_text_only_batch_trains_only_the_language_model(run, mesh, params):
+    _, grads = loss_and_gradients(run, mesh, params, random_batch(run, [0, 0, 0, 0]))
     for path, grad in grads.items():
         assert np.isfinite(grad).all(), path
         if not path.startswith("llm/"):
@@ -108,14 +108,14 @@ def test_text_only_batch_trains_text_and_nothing_else(run, mesh, params):
     assert np.asarray(grads["llm/embedding/embedding"]).any()
 
 
-def test_accumulation_is_the_same_update(run, mesh, params):
-    batch = meshes.to_global(make_batch(run, [0, 1, 2, 1]), mesh)
+def test_accumulating_two_micro_batches_gives_the_same_metrics(run, mesh, params):
+    batch = host_batches.global_from_rows(random_batch(run, [0, 1, 2, 1]), mesh)
     table = match_rules(run.stages[0].rules, list(params))
     trainable, frozen = split(params, table, jnp.float32)
     tx = optimizer(run.stages[0].optim, 10, table)
     results = []
-    for parts in (1, 2):
-        step = jax.jit(make_step(run.model, {"next_token": 1.0}, tx, jnp.float32, parts))
+    for accumulate in (1, 2):
+        step = jax.jit(make_step(run.model, {"next_token": 1.0}, tx, jnp.float32, accumulate))
         state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, jax.jit(tx.init)(trainable))
         results.append(step(state, batch)[1])
     assert results[0].keys() == results[1].keys()
@@ -124,9 +124,9 @@ def test_accumulation_is_the_same_update(run, mesh, params):
 
 
 def test_samples_of_a_row_do_not_see_each_other(run, mesh, params):
-    a, b = (make_batch(run, [1, 1, 1, 1]) for _ in range(2))
-    b.tokens[:, : S // 2] = 7  # the first sample's text changes
+    a, b = (random_batch(run, [1, 1, 1, 1]) for _ in range(2))
+    b.tokens[:, : S // 2] = 7  # only the text of the first sample differs
     hidden = jax.jit(lambda p, x: run.model.apply({"params": unflatten(p)}, x, method="hidden")[0])
-    first, second = (np.asarray(hidden(params, meshes.to_global(x, mesh))) for x in (a, b))
+    first, second = (np.asarray(hidden(params, host_batches.global_from_rows(x, mesh))) for x in (a, b))
     np.testing.assert_allclose(first[:, S // 2 :], second[:, S // 2 :], atol=1e-6)
     assert np.abs(first[:, : S // 2] - second[:, : S // 2]).max() > 0.1

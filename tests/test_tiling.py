@@ -1,4 +1,4 @@
-"""Any resolution: pixels and order of tokens are LLaVA-NeXT's, as transformers has them."""
+"""Any resolution: pixels and the order of tokens equal those of LLaVA-NeXT in transformers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
 from jaxmllm.data.images import views
-from jaxmllm.data.loader import join
-from jaxmllm.data.samples import BadSample, SampleSpec, make_sample
-from jaxmllm.data.sources import LlavaSource
+from jaxmllm.data.loader import make_batch
+from jaxmllm.data.samples import SampleSpec, make_sample
+from jaxmllm.data.sources.llava import LlavaSource
+from jaxmllm.data.sources.record import BadSample
 from jaxmllm.data.targets import MapTargets
 from jaxmllm.data.templates import TOY
-from jaxmllm.data.tiling import Tiling, tiled_places, unpadded
+from jaxmllm.data.tiling import Tiling, tile_padding, tiled_visual_indices
 from jaxmllm.data.tokenizer import train_word_tokenizer
 from tests.test_images import PHOTOS
 
@@ -26,7 +27,7 @@ TILING = Tiling(tile=56)
 PINPOINTS = [[rows * 56, columns * 56] for rows, columns in TILING.grids]
 
 
-def test_pixels_as_transformers():
+def test_pixels_equal_those_of_transformers():
     """The whole picture and its tiles, for pictures of many shapes."""
     processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS,
@@ -42,25 +43,26 @@ def test_pixels_as_transformers():
 
 
 def layout(side, newline, tasks=0, unpad=True, **tokens):
+    """A layout of one encoder with side x side tokens."""
     tokens = TokenLayout(8, side, newline, unpad, **tokens)
     return VisualLayout({"a": EncoderInput(56, side, (0, 0, 0), "squash")}, tokens, tasks)
 
 
 def test_order_of_tokens():
-    """A wide picture in 1 x 2 tiles of 2 x 2 tokens: whole, then lines that run through both tiles."""
+    """A wide picture in 1 x 2 tiles of 2 x 2 tokens: first the whole picture, then lines that run across both tiles."""
     whole, newline = [12, 13, 15, 16], [18, 19, 24, 25, 26, 21, 22, 27, 28, 29]  # slots 2, 3, 4 of 6 tokens each
-    assert tiled_places(2, (100, 50), (1, 2), layout(2, True)) == whole + newline
+    assert tiled_visual_indices(2, (100, 50), (1, 2), layout(2, True)) == whole + newline
     plain = [8, 9, 10, 11, 12, 13, 16, 17, 14, 15, 18, 19]
-    assert tiled_places(2, (100, 50), (1, 2), layout(2, False)) == plain
-    tasks = tiled_places(0, (100, 50), (1, 2), layout(2, False, tasks=3))
+    assert tiled_visual_indices(2, (100, 50), (1, 2), layout(2, False)) == plain
+    tasks = tiled_visual_indices(0, (100, 50), (1, 2), layout(2, False, tasks=3))
     assert tasks[-3:] == [4, 5, 6] and len(tasks) == 4 + 8 + 3
-    assert unpadded((100, 25), (1, 2), 4) == (0, 1)  # of 4 lines one above and one below
-    assert len(tiled_places(0, (100, 25), (1, 2), layout(4, True))) == 16 + 2 * 9
-    assert len(tiled_places(0, (100, 25), (1, 2), layout(4, True, unpad=False))) == 16 + 4 * 9
+    assert tile_padding((100, 25), (1, 2), 4) == (0, 1)  # one of 4 lines above and one below
+    assert len(tiled_visual_indices(0, (100, 25), (1, 2), layout(4, True))) == 16 + 2 * 9
+    assert len(tiled_visual_indices(0, (100, 25), (1, 2), layout(4, True, unpad=False))) == 16 + 4 * 9
 
 
 def test_samples_and_rows(tmp_path):
-    """A picture takes a slot for the whole and one for each tile; targets and task tokens belong to the whole."""
+    """A picture takes a slot for the whole and one per tile; targets and task tokens belong to the whole."""
     Image.new("RGB", (100, 50)).save(tmp_path / "wide.png")
     Image.fromarray(np.zeros((50, 100), np.uint8)).save(tmp_path / "map.png")
     turns = [{"from": "human", "value": "<image>\nwhy"}, {"from": "gpt", "value": "because"}]
@@ -76,26 +78,26 @@ def test_samples_and_rows(tmp_path):
     sample = make_sample(source[0], 0, spec)
     assert sample.image_count == 3 == spec.slots((100, 50)) and sample.images["a"].shape == (3, 56, 56, 3)
     assert sample.target_mask["seg"].tolist() == [True, False, False]
-    expected = tiled_places(0, (100, 50), (1, 2), spec.layout)
-    assert sample.visual[sample.visual >= 0].tolist() == expected
-    batch, info = join([[sample], []], spec)
+    expected = tiled_visual_indices(0, (100, 50), (1, 2), spec.layout)
+    assert sample.visual_index[sample.visual_index >= 0].tolist() == expected
+    batch, info = make_batch([[sample], []], spec)
     assert batch.images["a"].shape == (2, 5, 56, 56, 3) and info["images"] == 3
-    for place, token in zip(np.flatnonzero(sample.visual >= 0), expected):
+    for place, token in zip(np.flatnonzero(sample.visual_index >= 0), expected):
         assert batch.visual_positions[0].ravel()[token] == place
     assert (batch.visual_positions >= 0).sum() == len(expected)
-    with pytest.raises(BadSample, match="too many pictures: 6, and a row has 5"):
+    with pytest.raises(BadSample, match="too many pictures: they need 6 image slots, but a row has 5"):
         make_sample(source[1], 1, spec)
     with pytest.raises(ValueError, match="image_slots must be 5 or more for this tiling, not 4"):
         SampleSpec(tokenizer, TOY, spec.layout, 64, 4, **settings)
-    for beside in (dict(per_cell=2), dict(extra=3)):
-        with pytest.raises(ValueError, match="tiling needs an aggregator that gives one token a cell and no other"):
-            SampleSpec(tokenizer, TOY, layout(2, True, **beside), 64, 5, **settings)
+    for changes in (dict(per_cell=2), dict(extra=3)):
+        with pytest.raises(ValueError, match="tiling needs an aggregator that makes one token per cell and no others"):
+            SampleSpec(tokenizer, TOY, layout(2, True, **changes), 64, 5, **settings)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("newline", [False, True])
-def test_order_as_transformers(newline):
-    """Token for token LlavaNextModel.pack_image_features, told apart by numbers in place of features."""
+def test_order_equals_that_of_transformers(newline):
+    """Compares with LlavaNextModel.pack_image_features, token by token; numbers instead of features tell them apart."""
     torch = pytest.importorskip("torch")
     from transformers import LlavaNextModel
 
@@ -111,7 +113,7 @@ def test_order_as_transformers(newline):
         theirs, _ = LlavaNextModel.pack_image_features(
             model, [features], torch.tensor([size[::-1]]), "default", image_newline=end
         )
-        ours = np.array(tiled_places(0, size, grid, place))
+        ours = np.array(tiled_visual_indices(0, size, grid, place))
         if newline:
             ours = np.where(ours % place.tokens.columns == side, -1, ours)
         np.testing.assert_array_equal(ours, theirs[0][:, 0].numpy())

@@ -35,7 +35,7 @@ def test_parameters_of_fusers(name, parameters):
 
 
 def test_parameters_of_mmfuser_by_levels():
-    """Table of the reference, run with other numbers of levels."""
+    """Counts of the reference, run with other numbers of levels."""
     for levels, parameters in ((1, 4_600_192), (2, 4_796_992), (12, 6_764_992), (24, 9_126_592)):
         ours = shapes(MMFuser(), visual_table.array(levels + 1, 1, 24, 24, 1024))
         assert sum(map(math.prod, ours.values())) == parameters
@@ -68,7 +68,7 @@ def test_parameters_of_aggregators(name, parameters):
     "width, layers, parameters", [(4096, 10, 302_760_960), (5120, 10, 334_221_312), (7168, 9, 375_085_056)]
 )
 def test_parameters_of_cambrian(width, layers, parameters):
-    """All that Cambrian-1 8B, 13B and 34B add to language model and encoders."""
+    """All parameters that Cambrian-1 8B, 13B and 34B add to the language model and the encoders."""
     sva = SVA(1024, width, 24)
     sides = [m.h for m in visual_table.CAMBRIAN.values()]
     array = visual_table.array

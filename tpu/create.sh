@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for a spot slice and waits until it is active.
+# Requests a spot slice and waits until it is active.
 set -euo pipefail
 : "${TPU:?name}" "${ZONE:?zone}" "${TYPE:?accelerator type, e.g. v5p-32}" "${RUNTIME:?runtime version}"
 gcloud compute tpus queued-resources create "$TPU" --node-id "$TPU" --zone "$ZONE" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the slice back.
+# Deletes the slice.
 set -euo pipefail
 : "${TPU:?name}" "${ZONE:?zone}"
 gcloud compute tpus queued-resources delete "$TPU" --zone "$ZONE" --force --quiet

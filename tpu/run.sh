@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Copies the working tree to all hosts and runs one training command there. Usage: run.sh CONFIG [options of train]
+# Copies the working tree to all hosts and runs a training command on them. Usage: run.sh CONFIG [options of train]
 set -euo pipefail
 : "${TPU:?name}" "${ZONE:?zone}"
 cd "$(dirname "$0")/.."

@@ -1,1 +1,1 @@
-"""Aggregators: feature maps of all encoders -> visual tokens of the language model (across encoders)."""
+"""Aggregators: the feature maps of all encoders -> visual tokens for the language model (fusion across encoders)."""

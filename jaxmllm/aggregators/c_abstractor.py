@@ -1,7 +1,8 @@
-"""The C-Abstractor of Honeybee (Cha et al. 2024, arXiv 2312.06742, section 3.3): convolutions, pooling to fewer cells,
-convolutions. Reference: honeybee/projectors/projectors.py, whose blocks are RegNet's of timm (Bottleneck).
+"""The C-Abstractor of Honeybee (Cha et al. 2024, arXiv 2312.06742, section 3.3).
 
-Not here: the reference's optional LayerNorm in front, and the learned tokens it may append.
+Convolutions, pooling to fewer cells, convolutions. Reference: honeybee/projectors/projectors.py, whose blocks are those
+of timm's RegNet (Bottleneck). The reference's optional LayerNorm in front and the learned tokens that it may append are
+left out.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import jax.numpy as jnp
 from jaxmllm.aggregators.mlp import Projector, lay_out
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
 from jaxmllm.nn.maps import adaptive_pool, need_plain, need_same
-from jaxmllm.nn.primitives import ACTIVATIONS, Conv, Linear, Norm, Table
+from jaxmllm.nn.primitives import ACTIVATIONS, Conv, LearnedArray, Linear, Norm
 
 
 class RegBlock(nn.Module):
     """silu(shortcut(x) + LN(1x1(gate * silu(LN(depthwise 3x3(silu(LN(1x1 x))))))), x [N, h, w, C] -> [N, h, w, width].
 
-    gate: squeeze and excitation over the means of all cells, a quarter of the input's channels wide. The shortcut is a
-    1x1 convolution and LN where the width changes. LayerNorm eps 1e-5; convolutions have no bias, the gate has.
+    gate: squeeze and excitation on the mean of all cells, with a quarter of the input's channels as its hidden width.
+    The shortcut is a 1x1 convolution and LN where the width changes. LayerNorm eps 1e-5; convolutions have no bias, the
+    gate's layers have.
     """
 
     width: int
@@ -46,8 +48,11 @@ class RegBlock(nn.Module):
 
 
 class CAbstractor(nn.Module):
-    """Maps of one grid, joined on channels -> tokens [N, L*L (+ L), H]: learned positions, `depth` blocks, means of
-    L x L parts (torch's AdaptiveAvgPool2d), `depth` blocks, `mlp_depth` linear layers with SiLU between."""
+    """Maps of one grid, joined along channels -> tokens [N, L*L (+ L), H].
+
+    Learned positions, `depth` blocks, means of L x L parts (torch's AdaptiveAvgPool2d), `depth` blocks, and `mlp_depth`
+    linear layers with SiLU between them.
+    """
 
     llm_width: int  # H
     grid: int = 12  # L
@@ -70,7 +75,7 @@ class CAbstractor(nn.Module):
     @nn.compact
     def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
         x = jnp.concatenate([m.cells for m in maps.values()], -1)
-        x = x + Table(x.shape[1:], nn.initializers.truncated_normal(0.02), name="positions")().astype(x.dtype)
+        x = x + LearnedArray(x.shape[1:], nn.initializers.truncated_normal(0.02), name="positions")().astype(x.dtype)
         for i in range(2 * self.depth):
             if i == self.depth:
                 x = adaptive_pool(x, self.grid, self.grid)

@@ -1,5 +1,6 @@
-"""Mixture of Features (Tong et al. 2024, arXiv 2401.06209, section 5): CLIP's and DINOv2's features, added or
-interleaved. Reference of the second: LLaVA/llava/model/llava_arch.py of MMVP; the first is in the paper only.
+"""Mixture of Features (Tong et al. 2024, arXiv 2401.06209, section 5): CLIP's and DINOv2's features together.
+
+They are added, which only the paper describes, or interleaved; reference: MMVP's LLaVA/llava/model/llava_arch.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.aggregators.mlp import Projector, lay_out
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
 from jaxmllm.nn.maps import need_plain, need_same
@@ -39,8 +40,10 @@ class AdditiveMoF(nn.Module):
 
 
 class InterleavedMoF(nn.Module):
-    """E maps of one grid -> tokens [N, E*L*L, H]: every encoder has a projector; a cell's tokens stand side by side,
-    in the order of the encoders."""
+    """Maps of one grid -> tokens [N, encoders*L*L, H].
+
+    Each encoder has its own projector; the tokens of a cell stand side by side, in the order of the encoders.
+    """
 
     llm_width: int  # H
     depth: int = 2
@@ -58,12 +61,12 @@ class InterleavedMoF(nn.Module):
     def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
         parts = [Projector(self.llm_width, self.depth, name=f"projector_{name}")(x.cells) for name, x in maps.items()]
         n, h, w, _ = parts[0].shape
-        cells = mesh.reshape(jnp.stack(parts, 3), n, h, w * len(parts), self.llm_width)
+        cells = sharded.reshape(jnp.stack(parts, 3), n, h, w * len(parts), self.llm_width)
         return VisualTokens(lay_out(cells, self.newline), None)
 
 
 def grid_layout(mof: AdditiveMoF | InterleavedMoF, maps: dict[str, MapShape], channels: bool) -> TokenLayout:
-    """The layout both share. Raises ValueError unless the maps have one square grid (and, if `channels`, width)."""
+    """The layout of both. Raises ValueError unless all maps have the same square grid (if `channels`, also width)."""
     who = type(mof).__name__
     need_plain(who, maps.values())
     need_same(who, maps.values(), channels)

@@ -1,6 +1,7 @@
-"""Fewer tokens by stacking: every ratio x ratio block of cells becomes one (InternVL 1.5, Chen et al. 2024, arXiv
-2404.16821, section 3.1; transformers, idefics3/modeling_idefics3.py, Idefics3Connector). Channels of a block lie row by
-row. With depth 1 it is Idefics3's connector (which has no bias there).
+"""Pixel shuffle: each ratio x ratio block of cells becomes one token.
+
+InternVL 1.5 (Chen et al. 2024, arXiv 2404.16821, section 3.1). Reference: transformers, idefics3/modeling_idefics3.py,
+Idefics3Connector. The channels of a block are ordered row by row. Depth 1 is Idefics3's connector, except for its bias.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.aggregators.mlp import Projector, join_channels, lay_out
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
 from jaxmllm.nn.maps import need_plain
 
 
 class PixelShuffle(nn.Module):
-    """Maps, joined on channels -> tokens [N, L*L (+ L), H]; each reads ratio * ratio cells of a grid of L * ratio."""
+    """Maps, joined along channels -> tokens [N, L*L (+ L), H]; each token reads ratio x ratio cells."""
 
     llm_width: int  # H
     grid: int  # L
@@ -31,14 +32,15 @@ class PixelShuffle(nn.Module):
         side = self.grid * self.ratio
         for name, x in maps.items():
             if x[:2] != (side, side):
-                grids = f"{self.ratio} x {self.ratio} cells for each of {self.grid} x {self.grid} tokens"
-                raise ValueError(f"PixelShuffle: encoder {name!r} has a grid of {x.h} x {x.w}, not {grids}")
+                needed = f"{self.ratio} x {self.ratio} cells for each of {self.grid} x {self.grid} tokens"
+                raise ValueError(f"PixelShuffle: encoder {name!r} has a grid of {x.h} x {x.w}, not {needed}")
         return TokenLayout(self.llm_width, self.grid, self.newline, self.unpad)
 
     @nn.compact
     def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
         x = join_channels(maps, self.grid * self.ratio)
         n, c, r = x.shape[0], x.shape[-1], self.ratio
-        x = mesh.reshape(x, n, self.grid, r, self.grid, r, c).swapaxes(2, 3)
-        x = Projector(self.llm_width, self.depth, name="projector")(mesh.reshape(x, n, self.grid, self.grid, r * r * c))
+        x = sharded.reshape(x, n, self.grid, r, self.grid, r, c).swapaxes(2, 3)
+        x = sharded.reshape(x, n, self.grid, self.grid, r * r * c)
+        x = Projector(self.llm_width, self.depth, name="projector")(x)
         return VisualTokens(lay_out(x, self.newline), None)

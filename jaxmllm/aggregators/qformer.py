@@ -1,9 +1,11 @@
-"""The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597, section 3.1), its image branch: learned queries talk to
-each other in every layer and ask the image in every second one. Post-norm, as BERT. Reference: transformers,
-blip_2/modeling_blip_2.py, Blip2QFormerModel, and the linear layer `language_projection` behind it.
+"""The image branch of BLIP-2's Q-Former (Li et al. 2023, arXiv 2301.12597, section 3.1).
 
-Decided here: several encoders' cells are one set of keys (their widths must agree); cells that show only padding are
-not seen. transformers keeps this part in float32; here only norms, softmax and what the train step says are.
+Learned queries attend to each other in every layer and to the image in every second one. Post-norm, as in BERT.
+Reference: transformers, blip_2/modeling_blip_2.py, Blip2QFormerModel and then the linear layer `language_projection`.
+
+Decided here: the cells of several encoders are one set of keys, so their widths must agree; cells that show only
+padding are masked. transformers keeps this part in float32; here only norms and softmax are, and what the train step
+keeps.
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.aggregators.resampler import flatten_cells
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
-from jaxmllm.nn.attention import CrossAttention
-from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
+from jaxmllm.nn.attention.layer import CrossAttention
+from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 
 
 class QFormer(nn.Module):
-    """Maps -> tokens [N, `tokens`, H] that belong to no cell. Defaults: BLIP-2's."""
+    """Maps -> tokens [N, `tokens`, H] that belong to no cell. The defaults are BLIP-2's."""
 
     llm_width: int  # H
     tokens: int = 32
@@ -28,7 +30,7 @@ class QFormer(nn.Module):
     depth: int = 12
     heads: int = 12
     mlp: int = 3072
-    every: int = 2  # layers 0, every, 2 * every, .. ask the image
+    every: int = 2  # layers 0, every, 2 * every, .. attend to the image
     eps: float = 1e-12
 
     @nn.nowrap
@@ -46,8 +48,8 @@ class QFormer(nn.Module):
         parts = [flatten_cells(x, masks[name]) for name, x in maps.items()]
         x, mask = (jnp.concatenate(part, 1) for part in zip(*parts))
         init = normal(0.02)
-        z = Table((self.tokens, self.width), init, name="queries")().astype(x.dtype)
-        z = mesh.repeat_rows(z, x.shape[0])
+        z = LearnedArray((self.tokens, self.width), init, name="queries")().astype(x.dtype)
+        z = sharded.repeat_rows(z, x.shape[0])
         z = Norm(eps=self.eps, name="norm")(z)
         for i in range(self.depth):
             attend = [

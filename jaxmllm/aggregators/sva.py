@@ -1,7 +1,7 @@
 """Cambrian-1's Spatial Vision Aggregator (Tong et al. 2024, arXiv 2406.16860, section 3.2).
 
-A grid of L x L queries; query (i, j) sees, in every encoder k, only its own window of m_k x m_k cells (m_k = grid of
-the encoder / L), and one softmax runs over the cells of all encoders. Reference: vision_sampler.py and
+There is a grid of L x L queries. In each encoder's map, query (i, j) attends only to its own window of m x m cells,
+where m = side of the map / L, and one softmax runs over the cells of all encoders. Reference: vision_sampler.py and
 cambrian_arch.py. Maps are cut into windows once, not in every layer.
 """
 
@@ -15,54 +15,56 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
+from jaxmllm import mesh, sharded
 from jaxmllm.aggregators.mlp import lay_out
-from jaxmllm.batch import FeatureMap, MapShape, Memory, TokenLayout, VisualTokens
-from jaxmllm.nn.attention import MASKED
+from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualMemory, VisualTokens
+from jaxmllm.nn import compiler
+from jaxmllm.nn.attention.plain import MASKED
 from jaxmllm.nn.maps import need_plain, resize
-from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, gelu, normal, torch_uniform
-from jaxmllm.nn.stack import stacked
+from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, gelu, normal, torch_uniform
+from jaxmllm.nn.stack import scan_layers
 
 
 def windows(x: jax.Array, grid: int) -> jax.Array:
-    """[N, h, w, ...] -> [m*m, N*L*L, ...]: slice k holds cell k, row-major, of all L x L = grid x grid windows.
+    """Cuts maps [N, h, w, ...] into L x L windows, L = grid -> [cells, N*L*L, ...], where cells = m*m.
 
-    Queries meet a slice element by element. So made, with the cells in front, that is fastest on a TPU: it keeps the
-    last two dimensions in tiles. Products of so few dimensions also take its compiler the least time.
+    Slice i holds cell i of all windows, row by row. Queries are multiplied with a slice element by element. With the
+    cells in front this is fastest on a TPU, which keeps the last two dimensions in tiles; and products of so few
+    dimensions compile fastest.
     """
     n, m, rest = x.shape[0], x.shape[1] // grid, x.shape[3:]
-    x = mesh.reshape(x, n, grid, m, grid, m, *rest)
+    x = sharded.reshape(x, n, grid, m, grid, m, *rest)
     x = x.transpose(2, 4, 0, 1, 3, *range(5, x.ndim))
-    return mesh.reshape_to(x, (m * m, n * grid**2, *rest), None, "batch", *[None] * len(rest))
+    return sharded.reshape_to(x, (m * m, n * grid**2, *rest), None, "batch", *[None] * len(rest))
 
 
 def window_mask(mask: jax.Array, grid: int) -> jax.Array:
-    """bool[N, h, w] -> bool[m*m, N*L*L]; a window with no usable key is all usable.
+    """bool[N, h, w] -> bool[cells, N*L*L]; a window without any usable cell counts as usable throughout.
 
-    That rule is the reference's (it avoids a softmax over nothing) and holds per encoder, so an encoder with m = 1 is
-    never masked.
+    This is the reference's rule, which avoids a softmax over nothing. It applies per encoder, so an encoder with m = 1
+    is never masked.
     """
     mask = windows(mask, grid)
     return mask | ~mask.any(0, keepdims=True)
 
 
-def to_memory(features: Sequence[jax.Array], masks: Sequence[jax.Array], context: jax.Array, grid: int) -> Memory:
-    """Projected maps [N, h, w, C] of all encoders and their masks bool[N, h, w], cut into windows."""
+def to_memory(features: Sequence[jax.Array], masks: Sequence[jax.Array], context: jax.Array, grid: int) -> VisualMemory:
+    """Cuts projected maps [N, h, w, C] of all encoders and their masks bool[N, h, w] into windows; context [N, C]."""
     cut = tuple(windows(x, grid) for x in features)
-    # Kept apart: XLA would cut anew inside every sum over channels, at 300 times the cycles of the sum (v5p).
-    return Memory(jax.lax.optimization_barrier(cut), tuple(window_mask(x, grid) for x in masks), context)
+    # Apart, because XLA would cut the maps again inside each sum over channels, at 300 times its cycles (v5p).
+    return VisualMemory(compiler.compile_apart(cut), tuple(window_mask(x, grid) for x in masks), context)
 
 
 def attend(
     q: jax.Array, keys: list[jax.Array], values: list[jax.Array], masks: tuple[jax.Array, ...], head_dim: int
 ) -> jax.Array:
-    """q [T, C]; per encoder keys, values [m*m, T, C] and bool[m*m, T] -> [T, C].
+    """q [queries, C]; per encoder, keys and values [cells, queries, C] and masks bool[cells, queries] -> [queries, C].
 
-    A query meets too few keys for a matmul of its own. Products are by element, on channels that fill the lanes of a
-    TPU; a matrix of ones and zeros then adds up those of each head, and spreads a head's weight over its channels.
+    A query has too few keys for a matmul of its own. Products are element by element, with channels in the lanes of a
+    TPU; a matrix of ones and zeros then sums them over each head's channels, and spreads each head's weight over them.
     """
     head = jnp.repeat(jnp.eye(q.shape[-1] // head_dim, dtype=q.dtype), head_dim, 0)  # [C, heads]
-    with jax.named_scope("gather"):  # to a plan: no FLOPs of the model
+    with jax.named_scope("gather"):  # a plan counts no FLOPs of the model here
         scores = [jnp.dot(k * q, head, preferred_element_type=jnp.float32) for k in keys]
     scores = jnp.concatenate(scores) * head_dim**-0.5
     mask = jnp.concatenate(masks)[..., None]
@@ -78,11 +80,11 @@ def attend(
 
 
 class SVALayer(nn.Module):
-    """One layer: queries [N, L*L, Q], row by row, attend to their windows in `memory` -> [N, L*L, Q].
+    """One layer: queries [N, L*L, query width], row by row, attend to their windows in `memory` -> the same shape.
 
-    x = W [q ; W c]; a = softmax over all windows; z = LN(x + W_o a V); out = q + W2 gelu(W1 z). The only skip is q
-    itself; linear layers have no bias; head scale is 1/sqrt(head width). gate: start as the identity (W2 = 0).
-    The columns of W for c are `proj_in_context`, and meet it once an image.
+    x = W [q ; W_c c]; a = softmax over all windows; z = LN(x + W_o a V); out = q + W2 gelu(W1 z), where c is the
+    context. Only q itself is a residual; linear layers have no bias; scores are scaled by 1/sqrt(D). gate: start as the
+    identity (W2 = 0). The columns of W for the context are `proj_in_context`, which is applied once per image.
     """
 
     width: int
@@ -90,45 +92,46 @@ class SVALayer(nn.Module):
     gate: bool = False
 
     @nn.compact
-    def __call__(self, query: jax.Array, memory: Memory) -> jax.Array:
-        (n, count, q_width), dtype = query.shape, query.dtype
+    def __call__(self, query: jax.Array, memory: VisualMemory) -> jax.Array:
+        (n, count, query_width), dtype = query.shape, query.dtype
         mesh.check_split("heads of SVALayer", (self.heads,), ("heads",))
         context = Linear((self.width,), use_bias=False, name="proj_context")(memory.context.astype(dtype))
-        start = torch_uniform(q_width + self.width)  # W's, whole
-        both = functools.partial(Linear, (self.width,), use_bias=False, kernel_init=start)
-        query = mesh.refold(query, 0, 2, n * count)
-        x = mesh.refold(both(name="proj_in")(query), 0, 1, n, count)
-        x = mesh.refold(x + both(name="proj_in_context")(context)[:, None], 0, 2, n * count)
+        start = torch_uniform(query_width + self.width)  # fan-in of the whole W
+        part_of_w = functools.partial(Linear, (self.width,), use_bias=False, kernel_init=start)
+        query = sharded.reshape_dims(query, 0, 2, n * count)
+        x = sharded.reshape_dims(part_of_w(name="proj_in")(query), 0, 1, n, count)
+        x = sharded.reshape_dims(x + part_of_w(name="proj_in_context")(context)[:, None], 0, 2, n * count)
 
-        def project(y: jax.Array, what: str, encoder: str = "") -> jax.Array:
-            y = Norm(name=f"{what}_norm{encoder}")(y)
-            return Linear((self.width,), out_axes=("heads",), use_bias=False, name=f"{what}_proj{encoder}")(y)
+        def project(y: jax.Array, which: str, encoder: str = "") -> jax.Array:
+            y = Norm(name=f"{which}_norm{encoder}")(y)
+            return Linear((self.width,), out_axes=("heads",), use_bias=False, name=f"{which}_proj{encoder}")(y)
 
         q, keys, values = project(x, "q"), [], []
-        for k, f in enumerate(memory.windows):
-            f, m = f.astype(dtype), math.isqrt(len(f))
+        for i, cells in enumerate(memory.windows):
+            cells, m = cells.astype(dtype), math.isqrt(len(cells))
             if m > 1:
-                place = Table((m, m, self.width), normal(1.0), name=f"pos_embed_{k}")().astype(dtype)
-                f = f + mesh.reshape(place, m * m, 1, self.width)
-            keys.append(project(f, "k", f"_{k}"))
-            values.append(project(f, "v", f"_{k}"))
-        by_head = functools.partial(attend, head_dim=self.width // self.heads)
-        y = mesh.on_own(by_head, q, keys, values, memory.masks)
+                positions = LearnedArray((m, m, self.width), normal(1.0), name=f"pos_embed_{i}")().astype(dtype)
+                cells = cells + sharded.reshape(positions, m * m, 1, self.width)
+            keys.append(project(cells, "k", f"_{i}"))
+            values.append(project(cells, "v", f"_{i}"))
+        attend_heads = functools.partial(attend, head_dim=self.width // self.heads)
+        y = sharded.per_device(attend_heads, q, keys, values, memory.masks)
         y = Linear((self.width,), ("heads",), ("embed",), use_bias=False, name="o_proj")(y)
         z = Norm(name="norm")(x + y)
         z = gelu(Linear((self.width,), out_axes=("mlp",), use_bias=False, name="linear_1")(z))
         init = nn.initializers.zeros if self.gate else None
-        y = Linear((q_width,), ("mlp",), ("embed",), use_bias=False, kernel_init=init, name="linear_2")(z)
-        return mesh.refold(query + y, 0, 1, n, count)
+        y = Linear((query_width,), ("mlp",), ("embed",), use_bias=False, kernel_init=init, name="linear_2")(z)
+        return sharded.reshape_dims(query + y, 0, 1, n, count)
 
 
 class SVA(nn.Module):
     """Maps of all encoders -> tokens [N, L*(L+1), H] and the memory for SVA layers inside the language model.
 
-    Each encoder has its own projector (Linear-GELU-Linear-LayerNorm to `width`). One learned query vector per group,
-    the same for all cells, goes through `depth` layers; groups (one grid side each, resized to L if different) are
-    concatenated on channels and projected to H. The context is the mean of the first encoder's projected map, padding
-    included. An encoder's grid must be a multiple of L.
+    Each encoder has its own projector (Linear-GELU-Linear-LayerNorm to `width`). Each group has one learned query
+    vector, the same for all cells, which goes through `depth` layers. Groups have a grid side each and are resized to L
+    if it differs, concatenated along channels and projected to H. The context is the mean of the first encoder's
+    projected map, padding included. The side of each encoder's map must be a multiple of each group's, and of L for the
+    memory.
     """
 
     width: int  # C, the vision width
@@ -136,9 +139,9 @@ class SVA(nn.Module):
     grid: int  # L
     depth: int = 3
     heads: int = 16
-    groups: tuple[int, ...] | None = None  # grid side of each query group; default: one group of side L
+    groups: tuple[int, ...] | None = None  # grid side of each query group; None: one group of side L
     newline: bool = True
-    gate: bool = False  # of the connector's layers; those inside the language model have their own
+    gate: bool = False  # for these layers; those inside the language model have a field of their own
 
     @nn.nowrap
     def layout(self, maps: dict[str, MapShape]) -> TokenLayout:
@@ -152,12 +155,12 @@ class SVA(nn.Module):
                     raise ValueError(
                         f"SVA: grid {x.h} x {x.w} of encoder {name!r} must be square and a multiple of {side}"
                     )
-        inside = all(x.h % self.grid == 0 for x in maps.values())
-        return TokenLayout(self.llm_width, self.grid, self.newline, unpad=True, memory=inside)
+        has_memory = all(x.h % self.grid == 0 for x in maps.values())
+        return TokenLayout(self.llm_width, self.grid, self.newline, unpad=True, memory=has_memory)
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Side of the grid of every query group."""
+        """Grid side of each query group."""
         return self.groups or (self.grid,)
 
     @nn.compact
@@ -165,22 +168,22 @@ class SVA(nn.Module):
         features = []
         for name, x in maps.items():
             n, h, w, _ = x.cells.shape
-            x = MLP(self.width, self.width, name=f"projector_{name}")(mesh.refold(x.cells, 0, 3, n * h * w))
-            features.append(mesh.refold(Norm(name=f"projector_norm_{name}")(x), 0, 1, n, h, w))
+            x = MLP(self.width, self.width, name=f"projector_{name}")(sharded.reshape_dims(x.cells, 0, 3, n * h * w))
+            features.append(sharded.reshape_dims(Norm(name=f"projector_norm_{name}")(x), 0, 1, n, h, w))
         context = features[0].mean((1, 2))
         cut = functools.cache(functools.partial(to_memory, features, [masks[name] for name in maps], context))
-        queries = Table((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
+        queries = LearnedArray((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
         outputs = []
         for g, side in enumerate(self.sides):
-            x = mesh.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side**2)
-            layers = stacked(SVALayer(self.width, self.heads, self.gate), self.depth, name=f"group_{g}")
+            x = sharded.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side**2)
+            layers = scan_layers(SVALayer(self.width, self.heads, self.gate), self.depth, name=f"group_{g}")
             x, _ = layers(x, cut(side))
             if side != self.grid:
-                x = resize(mesh.refold(x, 1, 1, side, side), self.grid, self.grid)
-                x = mesh.refold(x, 1, 2, self.grid**2)
+                x = resize(sharded.reshape_dims(x, 1, 1, side, side), self.grid, self.grid)
+                x = sharded.reshape_dims(x, 1, 2, self.grid**2)
             outputs.append(x)
-        x = mesh.refold(jnp.concatenate(outputs, -1), 0, 2, n * self.grid**2)
+        x = sharded.reshape_dims(jnp.concatenate(outputs, -1), 0, 2, n * self.grid**2)
         x = MLP(self.llm_width, self.llm_width, name="projector")(x)
-        x = mesh.refold(x, 0, 1, n, self.grid, self.grid)
-        inside = all(x.shape[1] % self.grid == 0 for x in features)
-        return VisualTokens(lay_out(x, self.newline), cut(self.grid) if inside else None)
+        x = sharded.reshape_dims(x, 0, 1, n, self.grid, self.grid)
+        has_memory = all(x.shape[1] % self.grid == 0 for x in features)
+        return VisualTokens(lay_out(x, self.newline), cut(self.grid) if has_memory else None)

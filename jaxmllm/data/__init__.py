@@ -1,1 +1,1 @@
-"""Disk -> Batch: sources, chat templates, samples of tokens and pictures, packed rows, exact resume."""
+"""From disk to Batch: sources, chat templates, samples of tokens and pictures, packed rows, exact resume."""

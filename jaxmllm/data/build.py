@@ -1,36 +1,36 @@
-"""From a config to the loader of a stage."""
+"""From a config to the loader of a training stage."""
 
 from __future__ import annotations
 
-from jaxmllm import mesh
+from jaxmllm import host_batches
 from jaxmllm.config import ConfigError, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.samples import SampleSpec
-from jaxmllm.data.sources import open_source
+from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.tokenizer import load_tokenizer
 
 
 def sample_spec(run: Run) -> SampleSpec:
-    """How the run's records become samples. Raises ConfigError if the tokenizer does not fit the model."""
+    """How the run's records become samples. Raises ConfigError if the tokenizer has more tokens than the model."""
     data, model = run.data, run.model
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
-        raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, model.llm.vocab is only {model.llm.vocab}")
+        raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, but model.llm.vocab is {model.llm.vocab}")
     lengths = data.seq_len, data.image_slots
     return SampleSpec(tokenizer, data.template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
 
 
 def check_data(run: Run) -> None:
-    """Raises before the first stage what would otherwise stop a later one: a missing tokenizer or data file."""
+    """Raises before the first stage what would otherwise stop a later one: a tokenizer or data file is missing."""
     sample_spec(run)
     for source in {source for stage in run.stages for source in stage.sources}:
         open_source(source.path, source.image_root)
 
 
 def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
-    """This process's share of the batches of a stage; unusable samples are noted in WORKDIR/bad_samples.jsonl."""
-    index, count = mesh.own_part(run.mesh.build())
+    """The loader of this process's share of a stage's batches; it notes bad samples in WORKDIR/bad_samples.jsonl."""
+    index, count = host_batches.process_rows(run.mesh.build())
     return Loader(
         [(open_source(source.path, source.image_root), source.weight) for source in stage.sources],
         sample_spec(run),

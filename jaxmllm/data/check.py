@@ -1,4 +1,4 @@
-"""What is wrong with a data set, and how full its rows will be, before a run instead of during it."""
+"""What is wrong with a data set, and how full its rows will be, found before a run rather than during it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxmllm.data.images import decode, open_image
-from jaxmllm.data.loader import OPEN_ROWS, SAMPLES
+from jaxmllm.data.loader import MAX_SAMPLES, OPEN_ROWS
 from jaxmllm.data.packing import Bins
-from jaxmllm.data.samples import BadSample, SampleSpec, exchanges, make_tokens
-from jaxmllm.data.sources import Source
+from jaxmllm.data.samples import SampleSpec, exchanges, make_tokens
+from jaxmllm.data.sources.record import BadSample, RecordSource
 
 Progress = Callable[[int, int], None]  # (records done, records in all)
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -25,8 +25,8 @@ class Report:
     records: int
     images: int  # pictures that could be decoded
     sources: dict[str, int]  # value of the field `source` ("" if absent) -> records
-    problems: dict[str, list[BadSample]]  # kind -> one per record: a record's first problem
-    duplicates: dict[str, int]  # ids that occur more than once -> how often
+    problems: dict[str, list[BadSample]]  # kind -> bad records; only the first problem of each is listed
+    duplicates: dict[str, int]  # id that occurs more than once -> how often
 
     @property
     def bad(self) -> int:
@@ -36,17 +36,17 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """How the usable records of a source fit rows."""
+    """How well the usable records of a source fill rows."""
 
-    used: int  # records looked at that are usable
-    bad: int  # those that are not
-    tokens: dict[str, int]  # "min", "p50", "p90", "p99", "max", and "mean": tokens of a sample, pictures included
-    trained: int  # tokens with a label, of all samples
-    images: dict[int, int]  # image slots of a record -> records
-    packing: float  # share of a row's places that are no padding
+    used: int  # usable records among those examined
+    bad: int  # unusable ones
+    tokens: dict[str, int]  # "min", "p50", "p90", "p99", "max", and "mean": tokens per sample, pictures included
+    trained: int  # tokens with a label, in all samples
+    images: dict[int, int]  # image slots of a record -> records with that many
+    packing: float  # share of a row's places that are not padding
 
 
-def check(source: Source, progress: Progress | None = None) -> Report:
+def check(source: RecordSource, progress: Progress | None = None) -> Report:
     """Reads every record and decodes every picture of a source; nothing is tokenised."""
     sources, ids, problems, images = collections.Counter(), collections.Counter(), {}, 0
     for index in range(len(source)):
@@ -66,10 +66,10 @@ def check(source: Source, progress: Progress | None = None) -> Report:
     return Report(len(source), images, dict(sources), problems, duplicates)
 
 
-def stats(source: Source, spec: SampleSpec, limit: int = 10_000, progress: Progress | None = None) -> Stats:
+def stats(source: RecordSource, spec: SampleSpec, limit: int = 10_000, progress: Progress | None = None) -> Stats:
     """Lengths of at most `limit` records, spread over the source, and how well they pack.
 
-    Of pictures only the sizes are read. Raises ValueError if no record is usable.
+    Only the sizes of pictures are read. Raises ValueError if no record is usable.
     """
     order = np.random.default_rng(0).permutation(len(source))[:limit]
     lengths, counts, trained, bad = [], [], 0, 0
@@ -86,22 +86,41 @@ def stats(source: Source, spec: SampleSpec, limit: int = 10_000, progress: Progr
         if progress:
             progress(done + 1, len(order))
     if not lengths:
-        raise ValueError(f"none of the {bad} records looked at is usable; `jaxmllm data check` says why")
+        raise ValueError(f"none of the {bad} records examined is usable; `jaxmllm data check` says why")
     names = ("min", *(f"p{p}" for p in PERCENTILES[1:-1]), "max")
-    found = np.percentile(lengths, PERCENTILES, method="nearest").tolist()
+    percentiles = np.percentile(lengths, PERCENTILES, method="nearest").tolist()
     return Stats(
         used=len(lengths),
         bad=bad,
-        tokens={**dict(zip(names, found)), "mean": round(float(np.mean(lengths)))},
+        tokens={**dict(zip(names, percentiles)), "mean": round(float(np.mean(lengths)))},
         trained=trained,
         images=dict(sorted(collections.Counter(counts).items())),
-        packing=packing(lengths, counts, spec),
+        packing=filled_share(lengths, counts, spec),
     )
 
 
-def packing(lengths: list[int], images: list[int], spec: SampleSpec) -> float:
-    """Share of places that are filled, by the loader's packer, for samples in this order."""
-    packer = Bins((spec.seq_len, spec.image_slots, SAMPLES), OPEN_ROWS)
+def filled_share(lengths: list[int], images: list[int], spec: SampleSpec) -> float:
+    """The share of places that the loader's packer fills, for samples of these lengths and pictures in this order."""
+    packer = Bins((spec.seq_len, spec.image_slots, MAX_SAMPLES), OPEN_ROWS)
     rows = [packer.add(length, (length, pictures, 1)) for length, pictures in zip(lengths, images)]
     rows = [row for row in rows if row] or [row for row, _ in packer.rows]
     return sum(map(sum, rows)) / (len(rows) * spec.seq_len)
+
+
+def show_report(report: Report) -> str:
+    """What `check` found as text: totals, then counts by the field `source`, by problem, and of duplicate ids."""
+    lines = [f"{report.records} records, {report.images} pictures, {report.bad} records unusable"]
+    for source, count in sorted(report.sources.items(), key=lambda item: -item[1]):
+        lines.append(f"{count:>9} {source or '(no source named)'}")
+    for kind, samples in report.problems.items():
+        lines.append(f"{len(samples):>9} {kind}; the first: {samples[0]}")
+    if report.duplicates:
+        first = next(iter(report.duplicates))
+        lines.append(f"{len(report.duplicates):>9} ids occur more than once; the first: {first}")
+    return "\n".join(lines)
+
+
+def show_stats(found: Stats) -> str:
+    """What `stats` found as one line of text."""
+    tokens = ", ".join(f"{name} {value:.0f}" for name, value in found.tokens.items())
+    return f"{found.used} usable, {found.bad} not; tokens {tokens}; rows filled {found.packing:.1%}"

@@ -1,4 +1,4 @@
-"""The list of samples that could not be used, kept beside the run."""
+"""The list of samples that could not be used, a file in the run's folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import threading
 
-from jaxmllm.data.sources import BadSample
+from jaxmllm.data.sources.record import BadSample
 
 
 class TooManyBadSamples(RuntimeError):
@@ -15,10 +15,10 @@ class TooManyBadSamples(RuntimeError):
 
 
 class Ledger:
-    """Appends {"id", "path", "reason"} per bad sample to a JSONL file, each id once, also over restarts.
+    """Appends {"id", "path", "reason"} of each bad sample to a JSONL file; each id is written once, even over restarts.
 
-    path: a local file, made with its folder at the first bad sample. max_bad: distinct ids tolerated. Safe
-    to use from several threads; an append is one write, so several processes may share a file.
+    path: a local file, which is made, with its folder, at the first bad sample. max_bad: how many distinct ids are
+    tolerated. Several threads may use a ledger; an append is a single write, so several processes may share a file.
     """
 
     def __init__(self, path: str, max_bad: int = 1000):
@@ -28,7 +28,7 @@ class Ledger:
         if os.path.exists(self.path):
             with open(self.path, encoding="utf-8") as file:
                 for line in file:
-                    with contextlib.suppress(ValueError):  # a line the process died in; its sample comes again
+                    with contextlib.suppress(ValueError):  # cut off when the process died; its sample will be met again
                         entry = json.loads(line)
                         self.reasons[entry["id"]] = entry["reason"]
 
@@ -38,22 +38,22 @@ class Ledger:
         return len(self.reasons)
 
     def add(self, bad: BadSample) -> None:
-        """Notes a sample. Raises TooManyBadSamples once there are more than max_bad."""
+        """Notes a sample. Raises TooManyBadSamples if there are then more than max_bad."""
         with self.lock:
             if bad.id not in self.reasons:
                 self.reasons[bad.id] = bad.reason
                 self._append({"id": bad.id, "path": bad.path, "reason": bad.reason})
             if self.count > self.max_bad:
                 first = "; ".join(f"{id}: {reason}" for id, reason in list(self.reasons.items())[:3])
-                what = f"{self.count} samples are bad, the limit is {self.max_bad}"
-                raise TooManyBadSamples(f"{what}; the first: {first}; see {self.path}")
+                excess = f"{self.count} samples are bad, the limit is {self.max_bad}"
+                raise TooManyBadSamples(f"{excess}; the first: {first}; see {self.path}")
 
     def _append(self, entry: dict[str, str]) -> None:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(file).st_size
-            whole = not size or os.pread(file, 1, size - 1) == b"\n"
-            os.write(file, (b"" if whole else b"\n") + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            line_ended = not size or os.pread(file, 1, size - 1) == b"\n"
+            os.write(file, (b"" if line_ended else b"\n") + json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         finally:
             os.close(file)

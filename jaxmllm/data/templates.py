@@ -1,8 +1,8 @@
-"""Chat templates as data, and the pieces of text they cut a conversation into.
+"""Chat templates as data, and the pieces of text into which they cut a conversation.
 
-A piece is tokenised alone and is either trained on or not, so labels are right by construction: an answer
-with its end-of-turn marker is one trained piece, all that stands between two answers is one untrained piece.
-At inference the prompt is made of the same untrained pieces.
+Each piece is tokenised alone and is either trained on or not, so labels are right by construction: an answer with its
+end-of-turn marker is one trained piece, and everything between two answers is one untrained piece. At inference the
+prompt consists of the same untrained pieces.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ IMAGE = "<image>"
 
 
 class Piece(NamedTuple):
-    """Text to tokenise alone; untrained pieces may hold IMAGE."""
+    """Text that is tokenised alone; untrained pieces may contain IMAGE."""
 
     text: str
     trained: bool
@@ -24,20 +24,20 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """The text around questions and answers. What looks like <this> must be one token of the tokenizer."""
+    """The text around questions and answers. Whatever looks like <this> must be a single token of the tokenizer."""
 
     name: str
     begin: str  # tokenised alone: the beginning-of-text token
-    system: str  # with its markup, in front of the first question
+    system: str  # with its markup, before the first question
     user: tuple[str, str]  # around a question
-    assistant: str  # in front of an answer
-    end: str  # behind an answer, trained
-    between: str  # behind `end`, untrained, if another question follows
-    image_first: bool  # move IMAGE to the front of its turn, with a newline behind it, as LLaVA does
-    question: bool = True  # False: of a question only the pictures stay
+    assistant: str  # before an answer
+    end: str  # after an answer, trained
+    between: str  # after `end`, untrained, if another question follows
+    image_first: bool  # move IMAGE to the start of its turn, followed by a newline, as LLaVA does
+    question: bool = True  # False: only the pictures of a question are kept
 
     def pieces(self, exchanges: Iterable[tuple[str, str | None]]) -> list[Piece]:
-        """(question, answer) pairs -> pieces. The last answer may be None: the reply is left open."""
+        """(question, answer) pairs -> pieces. The last answer may be None, which leaves the reply open."""
         pieces = [Piece(self.begin, False)] if self.begin else []
         before = self.system
         for question, answer in exchanges:
@@ -57,17 +57,17 @@ class ChatTemplate:
         return question
 
     def markers(self) -> list[str]:
-        """The special tokens of the template."""
+        """The special tokens that the template uses."""
         texts = (self.begin, self.system, *self.user, self.assistant, self.end, self.between)
         return list(dict.fromkeys(re.findall(r"<[^<>\s]+>", "".join(texts))))
 
 
 ASSISTANT = "You are a helpful assistant."
 
-# LLaVA stage 1, for Llama tokenizers: the picture, then the caption.
+# LLaVA's first stage, for Llama tokenizers: the picture, then the caption.
 PLAIN = ChatTemplate("plain", "<s>", "", ("", ""), "", "\n", "", image_first=True, question=False)
 
-# LLaVA stage 2, for Llama tokenizers: these put the space in front of an answer themselves.
+# LLaVA's second stage, for Llama tokenizers, which add the space before an answer themselves.
 VICUNA_V1 = ChatTemplate(
     name="vicuna_v1",
     begin="<s>",

@@ -1,7 +1,7 @@
-"""Tokenizers: Hugging Face folders, and a word tokenizer for small worlds.
+"""Tokenizers: Hugging Face folders, and a word tokenizer for small vocabularies.
 
-Only the `tokenizers` library is imported (0.05 s); `transformers` (over 1 s) only for a folder without
-tokenizer.json.
+The module imports only the `tokenizers` library (0.05 s); `transformers` (over 1 s) is imported only for a folder
+without tokenizer.json.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ SPECIAL = ("<pad>", "<unk>", "<image>", "<user>", "<assistant>", "<end>")
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text <-> ids. Nothing is added to a text: beginnings and ends are written by the chat template."""
+    """Text <-> ids. Nothing is added to a text: the chat template writes the begin and end tokens."""
 
     path: str
     backend: Backend
 
     def encode(self, text: str) -> list[int]:
-        """Special tokens written in the text become their ids."""
+        """The ids of a text; special tokens written in it become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ids, without special tokens unless skip_special is False."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def id(self, token: str) -> int:
-        """The id of one token. Raises ValueError."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        """The id of one token. Raises ValueError if there is no such token."""
+        id = self.backend.token_to_id(token)
+        if id is None:
             raise ValueError(f"the tokenizer {self.path} has no token {token!r}")
-        return found
+        return id
 
     @property
     def size(self) -> int:
-        """V: rows an embedding needs, added tokens included."""
+        """V: rows that an embedding needs, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """A Hugging Face tokenizer folder; nothing is downloaded. Raises ValueError if `path` has none."""
+    """The tokenizer of a Hugging Face folder; nothing is downloaded. Raises ValueError if there is none at `path`."""
     file = Path(path) / "tokenizer.json"
     if file.is_file():
         backend = Backend.from_file(str(file))
-    elif (Path(path) / "tokenizer_config.json").is_file():  # a SentencePiece model, which transformers converts
+    elif (Path(path) / "tokenizer_config.json").is_file():  # a SentencePiece model; transformers converts it
         from transformers import AutoTokenizer
 
         backend = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
@@ -61,16 +62,16 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def train_word_tokenizer(texts: Iterable[str], out_dir: str) -> Tokenizer:
-    """Writes a tokenizer of whole words and single punctuation marks, which transformers opens too.
+    """Writes a tokenizer of whole words and single punctuation marks, which transformers can open too.
 
-    `decode(encode(text))` gives the text back with each run of white space as one blank. The ids of words
-    depend only on the set of words.
+    `decode(encode(text))` returns the text with each run of white space replaced by one blank. The ids of words depend
+    only on the set of words.
     """
     backend = Backend(models.WordLevel({}, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Prepend(" ")]
     )
-    # The blank belongs to the word behind it, so that decoding knows where blanks were; the first word has one too.
+    # A blank belongs to the word after it, so that decoding knows where blanks were; the first word gets one too.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]| "), "isolated")
     backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     words = set()
@@ -78,7 +79,7 @@ def train_word_tokenizer(texts: Iterable[str], out_dir: str) -> Tokenizer:
         for part in text.split("<image>"):
             pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(part))
             words.update(word for word, _ in pieces)
-    backend.model = models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *sorted(words)))}, unk_token="<unk>")
+    backend.model = models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *sorted(words)))}, unk_token="<unk>")
     backend.add_special_tokens(list(SPECIAL))
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)

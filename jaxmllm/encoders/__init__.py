@@ -1,1 +1,1 @@
-"""Encoders: picture -> taps, the feature maps of chosen layers."""
+"""Encoders: a picture -> taps, the feature maps of chosen layers."""

@@ -1,4 +1,4 @@
-"""What every encoder shares: how pictures are prepared and normalised, and how its maps get their size."""
+"""What all encoders share: preparation and normalisation of pictures, and the sizes of maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.batch import EncoderInput, MapShape
 from jaxmllm.nn.maps import resize
 
@@ -19,10 +19,10 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class Encoder(nn.Module, kw_only=True):
-    """uint8[N, size, size, 3] -> K maps [K, N, grid, grid, C]. Subclasses have `size`, pixels per side.
+    """uint8[N, size, size, 3] -> maps [taps, N, side, side, C]. Subclasses have a field `size`, the pixels per side.
 
-    mean, std: of pixels in 0..1. pad_color, fit, edge, filter: see EncoderInput. resize: side of the returned maps,
-    fp32 bilinear without antialias as in Cambrian-1; None keeps the encoder's own.
+    mean, std: of pixels in 0..1. pad_color, fit, edge, filter: see EncoderInput. resize: side of the returned maps, in
+    float32, bilinear, without antialias as in Cambrian-1; None keeps the encoder's own grid.
     """
 
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -42,23 +42,25 @@ class Encoder(nn.Module, kw_only=True):
 
     @property
     def side(self) -> int:
-        """Side of the maps."""
+        """Side of the returned maps."""
         return self.resize or self.grid
 
     @property
     def maps(self) -> tuple[MapShape, ...]:
-        """Sizes of the K maps."""
+        """Size of each returned map."""
         raise NotImplementedError
 
     @property
     def input(self) -> EncoderInput:
-        """How its pictures are prepared."""
+        """How pictures are prepared for this encoder."""
         color = self.pad_color or tuple(int(255 * m) for m in self.mean)
         return EncoderInput(self.size, self.side, color, self.fit, self.edge, self.filter)
 
     def normalise(self, images: jax.Array) -> jax.Array:
-        """uint8[N, h, w, 3] -> normalised, in the compute dtype: that of the weights, which the train step may have
-        cast."""
+        """uint8[N, h, w, 3] -> normalised pixels in the compute dtype.
+
+        That is the dtype of the weights, which the train step may have cast.
+        """
         params = self.variables.get("params", {})
         dtype = jax.tree.leaves(params)[0].dtype if params else jnp.float32
         x = (images.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
@@ -66,10 +68,10 @@ class Encoder(nn.Module, kw_only=True):
 
 
 class Pyramid(Encoder, kw_only=True):
-    """An encoder whose stages have different sizes: the tapped ones, each resized, are concatenated on channels (K =
-    1), as Cambrian-1 does with ConvNeXt.
+    """An encoder whose stages have maps of different sizes.
 
-    taps: 0 = after the stem, i = after stage i. Stages after the last tap do not exist.
+    The tapped maps are resized to one side and concatenated along channels to a single map [1, N, side, side, C], as
+    Cambrian-1 does with ConvNeXt. taps: 0 = after the stem, i = after stage i. Stages after the last tap are not built.
     """
 
     def __post_init__(self):
@@ -79,11 +81,13 @@ class Pyramid(Encoder, kw_only=True):
             raise ValueError(f"{name}: taps {self.taps} must lie in 0..{stages} (0 = after the stem)")
         sides = [self.pyramid[t].h for t in self.taps]
         if not self.resize and len(set(sides)) > 1:
-            raise ValueError(f"{name}: taps {self.taps} have maps of sides {sides}; give the side to `resize` them to")
+            raise ValueError(
+                f"{name}: taps {self.taps} have maps of sides {sides}; set `resize` to the side that they should have"
+            )
 
     @property
     def pyramid(self) -> tuple[MapShape, ...]:
-        """Sizes of the map after the stem and after each stage."""
+        """Size of the map after the stem and after each stage."""
         raise NotImplementedError
 
     @property
@@ -95,20 +99,20 @@ class Pyramid(Encoder, kw_only=True):
         return (MapShape(self.side, self.side, sum(self.pyramid[t].c for t in self.taps)),)
 
     def as_map(self, x: jax.Array, i: int) -> jax.Array:
-        """Cells [N, h*w, C] of the map after stage i -> [N, h, w, C]."""
-        return mesh.reshape(x, x.shape[0], *self.pyramid[i][:2], x.shape[-1])
+        """Cells [N, h*w, C] after stage i -> [N, h, w, C]."""
+        return sharded.reshape(x, x.shape[0], *self.pyramid[i][:2], x.shape[-1])
 
     def joined(self, maps: Sequence[jax.Array]) -> jax.Array:
-        """Maps [N, h, w, C] -> [1, N, grid, grid, sum of C]."""
+        """Maps [N, h, w, C] -> [1, N, side, side, sum of C]."""
         return jnp.concatenate([resize(m, self.side, self.side) for m in maps], -1)[None]
 
 
-# How references resample a table of positions: (a of the cubic kernel or None for bilinear, antialias, offset)
+# How the references resample a table of positions: (a of the cubic kernel or None for bilinear, antialias, offset)
 INTERPOLATIONS = {
     "bicubic": (-0.75, False, 0.0),  # transformers' Dinov2Model and CLIPVisionModel
     "bicubic_offset": (-0.75, False, 0.1),  # DINOv2's own code, Depth-Anything-V2, transformers up to 4.4x
     "bicubic_antialias": (-0.5, True, 0.0),  # DINOv2 with registers
-    "bilinear": (None, False, 0.0),  # torch's plain one, to which Cambrian-1 resizes maps
+    "bilinear": (None, False, 0.0),  # torch's plain one, with which Cambrian-1 resizes maps
     "bilinear_antialias": (None, True, 0.0),  # SigLIP2 NaFlex
 }
 
@@ -124,12 +128,15 @@ def resample_table(table: jax.Array, side: int, kind: str) -> jax.Array:
 
 
 def interpolation_matrix(old: int, new: int, kind: str) -> np.ndarray:
-    """float32[new, old]. torch's plain bicubic has a = -0.75 and repeats the border; its antialiased filters have a =
-    -0.5, widen when shrinking and share out what falls outside."""
+    """The weights of resampling along one dimension, float32[new, old].
+
+    torch's plain bicubic has a = -0.75 and repeats the border. Its antialiased filters have a = -0.5, widen when the
+    size shrinks, and renormalise at the border.
+    """
     a, antialias, offset = INTERPOLATIONS[kind]
     step = old / (new + offset)
     stretch = max(step, 1.0) if antialias else 1.0
-    # torch rounds the step and the place to float32; at 37 samples that is worth 1e-5 of the result.
+    # torch rounds the step and the centre to float32; at 37 samples that changes the result by 1e-5.
     centre = ((np.arange(new) + 0.5) * np.float64(np.float32(step)) - 0.5).astype(np.float32)[:, None]
     reach = int(np.ceil((1 if a is None else 2) * stretch))
     at = np.floor(centre).astype(int) + np.arange(-reach, reach + 2)

@@ -1,4 +1,4 @@
-"""ConvNeXt (Liu et al. 2022), as CLIP's convolutional tower in Cambrian-1 and VisPer-LM."""
+"""ConvNeXt (Liu et al. 2022), the convolutional CLIP tower of Cambrian-1 and VisPer-LM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
 from jaxmllm.nn.maps import patches
-from jaxmllm.nn.primitives import MLP, Conv, Linear, Norm, Table
+from jaxmllm.nn.primitives import MLP, Conv, LearnedArray, Linear, Norm
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
 
@@ -19,17 +19,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache):
-        """x [N, h, w, C]; cache is passed through."""
+        """x [N, h, w, C]; the cache is passed through."""
         width = x.shape[-1]
         y = Norm(eps=self.eps, name="norm")(Conv(width, 7, depthwise=True, name="conv")(x))
         y = MLP(4 * width, width, name="mlp")(y)
-        return x + y * Table((width,), nn.initializers.ones, name="scale")().astype(y.dtype), cache
+        return x + y * LearnedArray((width,), nn.initializers.ones, name="scale")().astype(y.dtype), cache
 
 
 class ConvNeXt(Pyramid):
-    """uint8[N, size, size, 3] -> [1, N, grid, grid, C], C the sum of the tapped stages' widths.
+    """uint8[N, size, size, 3] -> [1, N, side, side, C], where C is the sum of the tapped stages' widths.
 
-    A stem of stride 4, then stages of which all but the first halve the side. Stage outputs are not normed.
+    A stem of stride 4 and then stages, each of which but the first halves the side. Stage outputs are not normed.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite (Tan & Le 2019; no squeeze-excite, ReLU6): a small convolutional encoder."""
+"""EfficientNet-Lite (Tan & Le 2019; without squeeze-and-excitation, with ReLU6): a small convolutional encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
 from jaxmllm.nn.primitives import ACTIVATIONS, BatchNorm, Conv
 
-# Lite0, stage by stage: (blocks, kernel, stride of the first block, expansion, width)
+# The stages of Lite0: (blocks, kernel, stride of the first block, expansion, width)
 LITE0 = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
     (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
@@ -17,7 +17,7 @@ LITE0 = (
 
 
 class Block(nn.Module):
-    """Inverted bottleneck (Sandler et al. 2018): widen, convolve each channel, narrow; a residual if shapes agree."""
+    """Inverted bottleneck (Sandler et al. 2018): widens, convolves each channel, narrows; residual if shapes agree."""
 
     kernel: int
     stride: int
@@ -37,9 +37,9 @@ class Block(nn.Module):
 
 
 class EfficientNet(Pyramid):
-    """uint8[N, size, size, 3] -> [1, N, grid, grid, C], C the sum of the tapped widths.
+    """uint8[N, size, size, 3] -> [1, N, side, side, C], where C is the sum of the tapped widths.
 
-    taps: 0 = after the stem, i = after block i (16 in Lite0), 17 = after the head, the classifier's map.
+    taps: 0 = after the stem, i = after block i (Lite0 has 16), 17 = after the head, whose map the classifier reads.
     """
 
     size: int

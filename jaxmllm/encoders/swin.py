@@ -1,4 +1,4 @@
-"""Swin Transformer (Liu et al. 2021), as the backbone of OneFormer: windows keep their size on small maps."""
+"""Swin Transformer (Liu et al. 2021) as in the backbone of OneFormer, where windows keep their size on small maps."""
 
 from __future__ import annotations
 
@@ -7,57 +7,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
 from jaxmllm.nn.maps import cells, patches
-from jaxmllm.nn.primitives import MLP, Linear, Norm, Table, normal
+from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
-APART = -100.0  # added to the score of cells that the cyclic shift made neighbours (Swin's own value)
+MASKED = -100.0  # added to the score of two cells that only the cyclic shift put into one window (Swin's own value)
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside windows of side `window`, with a learned bias for each offset between two cells."""
+    """Self-attention within windows of side `window`, with a learned bias for each offset between two cells."""
 
     heads: int
     window: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, apart: np.ndarray | None) -> jax.Array:
-        """x [N, windows, window^2, C]; apart bool[windows, window^2, window^2]: pairs that do not see each other."""
+    def __call__(self, x: jax.Array, mask: np.ndarray | None) -> jax.Array:
+        """x [N, windows, window^2, C]; mask bool[windows, window^2, window^2], True where a pair must not attend."""
         width = x.shape[-1]
         dim = width // self.heads
         q, k, v = (Linear((self.heads, dim), out_axes=("heads", None), name=name)(x) for name in "qkv")
         scores = jnp.einsum("nwshd,nwthd->nwhst", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-        table = Table(((2 * self.window - 1) ** 2, self.heads), normal(0.02), name="offset_bias")()
-        bias = mesh.shard(table[offsets(self.window)].transpose(2, 0, 1), "heads", None, None)  # [heads, s, t]
+        table = LearnedArray(((2 * self.window - 1) ** 2, self.heads), normal(0.02), name="offset_bias")()
+        bias = sharded.shard(table[offsets(self.window)].transpose(2, 0, 1), "heads", None, None)  # [heads, S, T]
         scores = scores + bias.astype(jnp.float32)
-        if apart is not None:
-            scores = scores + APART * apart[:, None].astype(np.float32)
+        if mask is not None:
+            scores = scores + MASKED * mask[:, None].astype(np.float32)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         y = jnp.einsum("nwhst,nwthd->nwshd", weights, v)
         return Linear((width,), ("heads", None), ("embed",), name="out")(y)
 
 
 def offsets(window: int) -> np.ndarray:
-    """int[window^2, window^2]: row of the bias table for the offset from cell t to cell s."""
+    """int[window^2, window^2]: for a query cell and a key cell, the row of the bias table for their offset."""
     at = np.stack(np.meshgrid(np.arange(window), np.arange(window), indexing="ij"), -1).reshape(-1, 2)
     d = at[:, None] - at[None] + window - 1
     return d[..., 0] * (2 * window - 1) + d[..., 1]
 
 
-def shifted_apart(side: int, window: int, shift: int) -> np.ndarray:
-    """bool[windows, window^2, window^2] of a side x side map rolled by -shift: pairs from different ends of the map."""
+def shift_mask(side: int, window: int, shift: int) -> np.ndarray:
+    """Which pairs of cells in a window come from opposite ends of a side x side map that was rolled by -shift.
+
+    bool[windows, window^2, window^2].
+    """
     at = np.arange(side)
-    end = (at >= side - window).astype(int) + (at >= side - shift)
-    region = (end[:, None] * 3 + end).reshape(side // window, window, side // window, window)
+    part = (at >= side - window).astype(int) + (at >= side - shift)
+    region = (part[:, None] * 3 + part).reshape(side // window, window, side // window, window)
     region = region.swapaxes(1, 2).reshape(-1, window * window)
     return region[:, :, None] != region[:, None]
 
 
 class Block(nn.Module):
-    """Window attention and an MLP, both with a norm in front and a residual."""
+    """Window attention and an MLP, each after a norm and with a residual."""
 
     heads: int
     window: int
@@ -71,15 +74,15 @@ class Block(nn.Module):
         n, side, _, width = x.shape
         window, shift = self.window, self.shift
         y = Norm(eps=self.eps, name="norm1")(x)
-        whole = -(-side // window) * window
-        y = jnp.pad(y, ((0, 0), (0, whole - side), (0, whole - side), (0, 0)))
+        padded = -(-side // window) * window
+        y = jnp.pad(y, ((0, 0), (0, padded - side), (0, padded - side), (0, 0)))
         y = jnp.roll(y, (-shift, -shift), (1, 2)) if shift else y
-        count = whole // window
-        y = mesh.reshape(cells(y, window), n, count * count, window * window, width)
-        apart = shifted_apart(whole, window, shift) if shift else None
-        y = WindowAttention(self.heads, window, name="attn")(y, apart)
-        y = mesh.reshape(y, n, count, count, window, window, width).swapaxes(2, 3)
-        y = mesh.reshape(y, n, whole, whole, width)
+        count = padded // window
+        y = sharded.reshape(cells(y, window), n, count * count, window * window, width)
+        mask = shift_mask(padded, window, shift) if shift else None
+        y = WindowAttention(self.heads, window, name="attn")(y, mask)
+        y = sharded.reshape(y, n, count, count, window, window, width).swapaxes(2, 3)
+        y = sharded.reshape(y, n, padded, padded, width)
         y = jnp.roll(y, (shift, shift), (1, 2)) if shift else y
         x = x + y[:, :side, :side]
         mlp = MLP(self.mlp_ratio * width, width, name="mlp")
@@ -87,7 +90,7 @@ class Block(nn.Module):
 
 
 class Pair(nn.Module):
-    """A block with windows from the corner on, and one with windows shifted by half their side."""
+    """A block whose windows start at the corner of the map, and one whose windows are shifted by half their side."""
 
     heads: int
     window: int
@@ -102,10 +105,10 @@ class Pair(nn.Module):
 
 
 class Swin(Pyramid):
-    """uint8[N, size, size, 3] -> [1, N, grid, grid, C], C the sum of the tapped stages' widths.
+    """uint8[N, size, size, 3] -> [1, N, side, side, C], where C is the sum of the tapped stages' widths.
 
-    Stage i has width * 2^(i-1) channels; depths are even. norms: a LayerNorm behind each tapped stage, as OneFormer's
-    backbone has. A tap is the stage's output before it is halved for the next.
+    Stage i has width * 2^(i-1) channels; depths are even. norms: a LayerNorm after each tapped stage, as in OneFormer's
+    backbone. A tap is the output of its stage before the side is halved for the next one.
     """
 
     size: int
@@ -120,7 +123,9 @@ class Swin(Pyramid):
 
     def __post_init__(self):
         if any(depth % 2 for depth in self.depths) or len(self.depths) != len(self.heads):
-            raise ValueError(f"Swin: depths {self.depths} must be even, and heads {self.heads} as many")
+            raise ValueError(
+                f"Swin: depths {self.depths} must be even, with one number of heads each, not {self.heads}"
+            )
         super().__post_init__()
 
     @property
@@ -132,13 +137,13 @@ class Swin(Pyramid):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = patches(padded(self.normalise(images), 4), 4)
+        x = patches(pad_to_multiple(self.normalise(images), 4), 4)
         x = Norm(name="stem_norm")(self.as_map(Linear((self.width,), (None,), name="stem")(x), 0))
         maps = {0: x}
         for i in range(1, max(self.taps) + 1):
             if i > 1:
-                x = cells(padded(x, 2), 2).swapaxes(3, 4)  # Swin orders the four cells column by column
-                x = mesh.reshape(x, *x.shape[:3], 4 * x.shape[-1])
+                x = cells(pad_to_multiple(x, 2), 2).swapaxes(3, 4)  # Swin orders the four cells column by column
+                x = sharded.reshape(x, *x.shape[:3], 4 * x.shape[-1])
                 x = Linear((x.shape[-1] // 2,), use_bias=False, name=f"down{i}")(Norm(name=f"down{i}_norm")(x))
             pairs = self.depths[i - 1] // 2
             block = Pair(self.heads[i - 1], self.window, self.mlp_ratio, self.eps)
@@ -148,6 +153,6 @@ class Swin(Pyramid):
         return self.joined([maps[t] for t in self.taps])
 
 
-def padded(x: jax.Array, multiple: int) -> jax.Array:
-    """[N, h, w, C] with zeros on the right and below, so that the sides divide by `multiple`."""
+def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+    """x [N, h, w, C] with zeros on the right and below, so that its sides are multiples of `multiple`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, -x.shape[2] % multiple), (0, 0)))

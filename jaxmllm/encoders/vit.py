@@ -1,7 +1,7 @@
-"""One Vision Transformer for CLIP, SigLIP, DINOv2 and DINOv3, told apart by fields (presets.py names the sizes).
+"""One Vision Transformer for CLIP, SigLIP, DINOv2 and DINOv3, which differ in its fields (sizes: presets.py).
 
 Taps are indices of Hugging Face `hidden_states`: 0 = after the embedding (and CLIP's pre-norm), i = output of block
-i, before the final norm. Blocks after the last tap do not exist. Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP);
+i, before the final norm. Blocks after the last tap are not built. Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP);
 Zhai et al. 2023 (SigLIP); Oquab et al. 2023 (DINOv2); Darcet et al. 2024 (registers); Simeoni et al. 2025 (DINOv3).
 """
 
@@ -11,18 +11,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import INTERPOLATIONS, Encoder, interpolation_matrix, resample_table
-from jaxmllm.nn.attention import Attention
+from jaxmllm.nn import compiler
+from jaxmllm.nn.attention.layer import Attention
 from jaxmllm.nn.maps import patches
-from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Init, Linear, Norm, Table, normal
+from jaxmllm.nn.primitives import ACTIVATIONS, MLP, Init, LearnedArray, Linear, Norm, normal
 from jaxmllm.nn.rope import grid_angles
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, both branches optionally scaled per channel (DINOv2's layer scale)."""
+    """Pre-norm transformer block; both branches may be scaled per channel (DINOv2's layer scale)."""
 
     heads: int
     mlp: int
@@ -34,14 +35,16 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, angles=None):
-        """x [N, tokens, C]; cache is passed through; angles float32[1, tokens, head_dim/2]: rotary positions."""
+        """x [N, tokens, C]; angles float32[1, tokens, D/2] of rotary positions; the cache is passed through."""
         width = x.shape[-1]
         init = nn.initializers.xavier_uniform()
         attn = Attention(self.heads, width // self.heads, key_bias=self.key_bias, kernel_init=init, name="attn")
         mlp = MLP(self.mlp, width, self.activation, self.gated, kernel_init=init, name="mlp")
 
         def scaled(y, name):
-            return y * Table((width,), nn.initializers.ones, name=name)().astype(y.dtype) if self.layer_scale else y
+            if not self.layer_scale:
+                return y
+            return y * LearnedArray((width,), nn.initializers.ones, name=name)().astype(y.dtype)
 
         x = x + scaled(attn(Norm(eps=self.eps, name="norm1")(x), angles=angles)[0], "scale1")
         x = x + scaled(mlp(Norm(eps=self.eps, name="norm2")(x)), "scale2")
@@ -49,13 +52,13 @@ class Block(nn.Module):
 
 
 class ViT(Encoder):
-    """uint8[N, px, px, 3] -> taps [K, N, grid, grid, C] (class and register tokens dropped).
+    """uint8[N, size, size, 3] -> taps [taps, N, side, side, C], without class and register tokens.
 
-    taps: hidden-state indices, ascending order not required; final_norm: apply the model's last norm to the taps
-    (only right for the last one). table: side of the stored table of positions if it is not that of the grid;
-    interpolation: how it is then resampled. rope_theta: rotary positions (DINOv3) instead of a table. stem: widths of
-    3x3 stride-2 convolutions in front of the patch projection (Xiao et al. 2021), which let a small ViT learn from
-    scratch; the patch then covers patch / 2^len(stem) of their pixels.
+    taps: indices of hidden states, in any order. final_norm: apply the model's last norm to the taps, which is right
+    for the last hidden state only. table: side of the stored table of positions if it is not the grid's; interpolation:
+    how that table is resampled. rope_theta: rotary positions (DINOv3) instead of a table. stem: widths of 3x3
+    convolutions of stride 2 in front of the patch projection (Xiao et al. 2021), which let a small ViT learn from
+    scratch; a patch then has patch / 2^len(stem) of their output pixels a side.
     """
 
     size: int
@@ -84,8 +87,8 @@ class ViT(Encoder):
         super().__post_init__()
         if (self.stem and self.size % self.patch) or self.width % self.heads:
             raise ValueError(
-                f"ViT: width {self.width} must divide by heads {self.heads}, and with a stem size {self.size} by "
-                f"patch {self.patch}"
+                f"ViT: width {self.width} must be a multiple of heads {self.heads}, "
+                f"and with a stem, size {self.size} a multiple of patch {self.patch}"
             )
         if not self.taps or min(self.taps) < 0 or max(self.taps) > self.layers:
             raise ValueError(f"ViT: taps {self.taps} must lie in 0..{self.layers} (0 = embeddings)")
@@ -108,8 +111,8 @@ class ViT(Encoder):
             x = Norm(eps=self.eps, name="pre_norm")(x)
         extra, angles = self.class_token + self.registers, ()
         if self.rope_theta:  # class and register tokens are not rotated
-            turn = grid_angles(self.grid, self.width // self.heads, self.rope_theta)
-            angles = (jnp.pad(turn, ((0, extra), (0, 0)))[None],)
+            cells = grid_angles(self.grid, self.width // self.heads, self.rope_theta)
+            angles = (jnp.pad(cells, ((0, extra), (0, 0)))[None],)
         wanted = tuple(t for t in self.taps if t)
         taps = empty_taps(x, len(wanted))
         block = Block(self.heads, self.mlp, self.activation, self.gated, self.eps, self.layer_scale, self.key_bias)
@@ -121,45 +124,47 @@ class ViT(Encoder):
             out = Norm(eps=self.eps, name="final_norm")(out)
         if self.side == self.grid:
             out = out[:, :, : self.grid**2]
-        else:  # bilinear, by one matrix: a TPU need not cut and copy maps whose sides are no multiples of 8.
-            # "high" is three products of bfloat16 there: the matrix in two parts is enough for maps that have one.
+        else:
+            # Bilinear, by one matrix, so that a TPU need not slice and copy maps whose sides are no multiples of 8.
+            # "high" is three bfloat16 products there: a matrix in two bfloat16 parts is enough for maps in one.
             line = interpolation_matrix(self.grid, self.side, "bilinear")
             matrix = jnp.pad(jnp.kron(line, line), ((0, 0), (0, extra)))
             out = jnp.einsum("pt,kntc->knpc", matrix, out.astype(jnp.float32), precision="high").astype(out.dtype)
         shape = (*out.shape[:2], self.side, self.side, self.width)
-        return mesh.reshape_to(out, shape, None, "batch", None, None, None)
+        return sharded.reshape_to(out, shape, None, "batch", None, None, None)
 
     def embed(self, x: jax.Array) -> jax.Array:
-        """[N, px, px, 3] -> [N, tokens, C]: patches plus positions, class and register tokens behind them.
+        """[N, size, size, 3] -> [N, tokens, C]: patches with positions, then class and register tokens.
 
-        Behind, for attention does not care, and a TPU keeps rows in tiles that start at multiples of 8.
+        These come last because the order does not matter to attention, while a TPU's tiles of rows start at multiples
+        of 8.
         """
         init = nn.initializers.xavier_uniform()
         for i, width in enumerate(self.stem):
             x = Linear((width,), (None,) * 3, kernel_init=nn.initializers.he_normal(), name=f"stem{i}")(conv_patches(x))
             x = ACTIVATIONS["relu"](x)
-        x = patches(x, self.patch >> len(self.stem))  # SigLIP's 384 pixels hold 27 patches of 14 and a rest
+        x = patches(x, self.patch >> len(self.stem))  # SigLIP's 384 pixels hold 27 patches of 14 and a remainder
         axes = {"in_axes": (None,), "out_axes": ("embed",)}  # 14 * 14 * 3 pixels cannot be split
-        # Kept apart from the adding of positions: both in one were among the slowest kernels to compile for a TPU.
+        # Compiled apart from the addition of positions: as one kernel they were among the slowest to compile for a TPU.
         x = Linear((self.width,), **axes, kernel_init=init, use_bias=self.patch_bias, name="patch")(x)
-        x = jax.lax.optimization_barrier(x)
+        x = compiler.compile_apart(x)
         table = None if self.rope_theta else self.position_table().astype(x.dtype)
-        more = []
+        others = []
         if self.class_token:
-            token = Table((1, self.width), normal(0.02), name="class_token")().astype(x.dtype)
-            more.append(token if table is None else token + table[:1])
+            token = LearnedArray((1, self.width), normal(0.02), name="class_token")().astype(x.dtype)
+            others.append(token if table is None else token + table[:1])
         if self.registers:
-            more.append(Table((self.registers, self.width), normal(0.02), name="registers")().astype(x.dtype))
+            others.append(LearnedArray((self.registers, self.width), normal(0.02), name="registers")().astype(x.dtype))
         if table is not None:
             x = x + table[self.class_token :]
-        if more:
-            x = jnp.concatenate([x, mesh.repeat_rows(jnp.concatenate(more), x.shape[0])], 1)
+        if others:
+            x = jnp.concatenate([x, sharded.repeat_rows(jnp.concatenate(others), x.shape[0])], 1)
         return x
 
     def position_table(self) -> jax.Array:
-        """[class token + grid*grid, C]."""
+        """Positions of the class token, if there is one, and of the cells, [class token + grid*grid, C]."""
         side = self.table or self.grid
-        table = Table((self.class_token + side * side, self.width), sincos_table(side), name="positions")()
+        table = LearnedArray((self.class_token + side * side, self.width), sincos_table(side), name="positions")()
         if side == self.grid:
             return table
         lead, cells = table[: self.class_token], table[self.class_token :].reshape(side, side, self.width)
@@ -168,12 +173,12 @@ class ViT(Encoder):
 
 
 def sincos_table(grid: int) -> Init:
-    """Fixed sine-cosine positions in two dimensions as a start (Chen et al. 2021); a class token's row is 0."""
+    """Starts positions as two-dimensional sines and cosines (Chen et al. 2021); a class token's row is 0."""
 
     def init(key, shape, dtype=jnp.float32):
         half = shape[1] // 4
         angle = jnp.arange(grid)[:, None] * 10000.0 ** (-jnp.arange(half) / half)
-        line = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)  # [grid, width/2]
+        line = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)  # [grid, C/2]
         table = jnp.concatenate([jnp.tile(line, (grid, 1)), jnp.repeat(line, grid, 0)], 1)
         return jnp.pad(table, ((shape[0] - grid * grid, 0), (0, shape[1] - table.shape[1]))).astype(dtype)
 
@@ -183,7 +188,7 @@ def sincos_table(grid: int) -> Init:
 def conv_patches(x: jax.Array) -> jax.Array:
     """[N, h, w, C] -> [N, h/2, w/2, 3, 3, C]: the windows of a 3x3 convolution of stride 2, padding (1, 1).
 
-    As windows and one matmul a small convolution is about as fast as XLA's own, and differentiates faster on CPU.
+    As windows and one matmul, a small convolution is about as fast as XLA's own, and its gradient is faster on a CPU.
     """
     h, w = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

@@ -1,1 +1,1 @@
-"""Fusers: taps of one encoder -> one feature map (across depth)."""
+"""Fusers: the taps of one encoder -> one feature map (fusion across depth)."""

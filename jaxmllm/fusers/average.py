@@ -1,7 +1,7 @@
-"""Means of the taps, plain and learned (two of the baselines of MMFuser, Cao et al. 2024, arXiv 2410.11829, table 1).
+"""Plain and weighted means of the taps, two of MMFuser's baselines (Cao et al. 2024, arXiv 2410.11829, table 1).
 
-Neither is published as code. Decided here: no norm before the mean; the learned weights are a softmax of logits that
-start at zero, so a fresh WeightedAverage is the plain one.
+No code is published for either. Decided here: no norm before the mean; the learned weights are a softmax of logits that
+start at zero, so that a fresh WeightedAverage equals Average.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from jaxmllm.batch import FeatureMap, MapShape
 from jaxmllm.nn.maps import mean, need_same
-from jaxmllm.nn.primitives import Table, zeros
+from jaxmllm.nn.primitives import LearnedArray, zeros
 
 
 class Average(nn.Module):
-    """taps [K, N, h, w, C] -> their mean, taken in float32."""
+    """taps [taps, N, h, w, C] -> their mean [N, h, w, C], taken in float32."""
 
     @nn.nowrap
     def output(self, taps: tuple[MapShape, ...]) -> MapShape:
@@ -29,9 +29,9 @@ class Average(nn.Module):
 
 
 class WeightedAverage(Average):
-    """taps [K, N, h, w, C] -> sum_k softmax(logits)_k taps_k, in float32; K parameters."""
+    """taps [taps, N, h, w, C] -> sum_i softmax(logits)_i taps_i, taken in float32; one parameter per tap."""
 
     @nn.compact
     def __call__(self, taps: jax.Array) -> FeatureMap:
-        weights = jax.nn.softmax(Table((len(taps),), zeros, name="logits")().astype(jnp.float32))
+        weights = jax.nn.softmax(LearnedArray((len(taps),), zeros, name="logits")().astype(jnp.float32))
         return FeatureMap(sum(w * x.astype(jnp.float32) for w, x in zip(weights, taps)).astype(taps[0].dtype))

@@ -1,9 +1,10 @@
-"""Channels side by side: means of groups of taps, concatenated.
+"""Concatenation of taps, or of means of groups of taps, along channels.
 
-With one tap a group this is the concatenation baseline of MMFuser (Cao et al. 2024, table 1). It is also the "external
-direct" fusion of Lin et al. 2025 (arXiv 2503.06063; llava/model/llava_arch.py) for any of its layer sets: CLIP's taps
-(3, 18, 23) as they are; "former", taps 1..12 and 23 with groups (0..11), (12); "latter", taps 13..24 with groups
-(0..11), (10); "all", taps 1..24 with groups (0..11), (12..23), (22). Dense Connector's SCI and DCI are made of it too.
+With one tap per group this is the concatenation baseline of MMFuser (Cao et al. 2024, table 1). It is also the
+"external direct" fusion of Lin et al. 2025 (arXiv 2503.06063; llava/model/llava_arch.py) for all of its layer sets:
+CLIP's taps (3, 18, 23) without groups; "former", taps 1..12 and 23 with groups (0..11), (12); "latter", taps 13..24
+with groups (0..11), (10); "all", taps 1..24 with groups (0..11), (12..23), (22). Dense Connector's SCI and DCI are
+Concats too.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from jaxmllm.nn.maps import mean, need_same
 
 
 class Concat(nn.Module):
-    """taps [K, N, h, w, C] -> [N, h, w, sum of the groups' channels]; no parameters.
+    """taps [taps, N, h, w, C] -> [N, h, w, sum of the groups' channels]; no parameters.
 
-    groups: for each part of the channels the taps (places among K) whose float32 mean it is; None: one tap a part. A
+    groups: for each part of the channels, the indices of the taps whose float32 mean it is. None: one part per tap. A
     tap may be in several groups or in none.
     """
 
@@ -27,7 +28,7 @@ class Concat(nn.Module):
 
     @nn.nowrap
     def parts(self, taps: int) -> tuple[tuple[int, ...], ...]:
-        """The groups for so many taps."""
+        """The groups, for this number of taps."""
         return tuple((i,) for i in range(taps)) if self.groups is None else self.groups
 
     @nn.nowrap

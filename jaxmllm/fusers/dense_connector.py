@@ -1,8 +1,8 @@
 """Dense Connector (Yao et al. 2024, arXiv 2405.13800): three ways to add the maps of earlier layers to the last one.
 
-Nothing is learned here, only the projector's first matrix grows. The last map comes first, as in the reference
-(dense_connector.py; the paper writes it last). CLIP-L: V = hidden state 23, early layers 7 and 15, groups 0..11 and
-12..23. SigLIP-SO400M (27 states): V = 26, groups 0..12 and 13..25.
+Nothing is learned here; only the first matrix of the projector grows. The last map comes first, as in the reference
+(dense_connector.py; the paper writes it last). CLIP-L: last map 23 (of the hidden states), early maps 7 and 15, groups
+0..11 and 12..23. SigLIP-SO400M (27 states): last map 26, groups 0..12 and 13..25.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.batch import FeatureMap, MapShape
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.nn.maps import need_same
 
 
 class STI(nn.Module):
-    """Sparse token integration: taps [K, N, h, w, C] -> the last one, and beside it the tokens of the others.
+    """Sparse token integration: taps [taps, N, h, w, C] -> the last tap as the map, and extra tokens from the others.
 
-    Those are means of `pool` neighbours in row-major order, whatever the width of a row; the tokens left over at the
-    end are dropped (SigLIP's 729 give 91).
+    Each extra token is the mean of `pool` successive cells in row-major order, whatever the width of a row. The cells
+    left over at the end are dropped (SigLIP's 729 cells give 91 tokens).
     """
 
     pool: int = 8
@@ -32,7 +32,7 @@ class STI(nn.Module):
         need_same("STI", taps)
         h, w, c, _ = taps[-1]
         if len(taps) < 2 or h * w < self.pool:
-            raise ValueError(f"STI needs at least two taps of {self.pool} cells or more, not {len(taps)} of {h} x {w}")
+            raise ValueError(f"STI needs at least two taps of at least {self.pool} cells, not {len(taps)} of {h} x {w}")
         return MapShape(h, w, c, (len(taps) - 1) * (h * w // self.pool))
 
     def __call__(self, taps: jax.Array) -> FeatureMap:
@@ -40,18 +40,18 @@ class STI(nn.Module):
         count = h * w // self.pool
         extra = []
         for tap in taps[:-1]:
-            tokens = mesh.reshape(tap, n, h * w, c)[:, : count * self.pool].astype(jnp.float32)
-            extra.append(mesh.reshape(tokens, n, count, self.pool, c).mean(2).astype(tap.dtype))
+            tokens = sharded.reshape(tap, n, h * w, c)[:, : count * self.pool].astype(jnp.float32)
+            extra.append(sharded.reshape(tokens, n, count, self.pool, c).mean(2).astype(tap.dtype))
         return FeatureMap(taps[-1], jnp.concatenate(extra, 1))
 
 
 def sci(taps: int = 3) -> Concat:
-    """Sparse channel integration of so many taps: the last, then the others (CLIP-L: taps (7, 15, 23))."""
+    """Sparse channel integration of this many taps: the last, then the others (CLIP-L: taps (7, 15, 23))."""
     return Concat(((taps - 1,), *((i,) for i in range(taps - 1))))
 
 
 def dci(size: int = 12, count: int = 2, final: int = 23) -> Concat:
-    """Dense channel integration: hidden state `final`, then means of `count` groups of `size` states from 0 on.
+    """Dense channel integration: hidden state `final`, then the means of `count` groups of `size` states, from state 0.
 
     The encoder's taps must be 0, 1, .. up to the last one used. CLIP-L: dci(); SigLIP-SO400M: dci(13, final=26).
     """

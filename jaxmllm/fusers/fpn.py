@@ -1,10 +1,10 @@
 """A feature pyramid over the taps (Lin et al. 2017, arXiv 1612.03144), as in table 1 of MMFuser (Cao et al. 2024).
 
-    P_K = lateral_K(X_K),   P_k = lateral_k(X_k) + up(P_{k+1}),   Y = conv3x3(P_1)
+    P_n = lateral_n(X_n),   P_i = lateral_i(X_i) + up(P_{i+1}),   Y = conv3x3(P_1)     for taps X_1, .., X_n
 
 MMFuser's authors publish no code for it. Decided here: laterals are 1 x 1 with bias to the width of the first tap; `up`
-is nearest-neighbour, as in the FPN paper, and nothing at all where the grids are equal (any ViT); only the finest map
-is read; no norms.
+is nearest-neighbour, as in the FPN paper, and the identity where the grids are equal (any ViT); only the finest map is
+read; no norms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxmllm.nn.primitives import Conv, Linear
 
 
 class FPN(nn.Module):
-    """taps, shallow to deep, [K, N, h, w, C] or a list of maps that do not grow -> [N, h, w, C] of the first."""
+    """taps from shallow to deep, [taps, N, h, w, C] or a list of maps that never grow -> [N, h, w, C] of the first."""
 
     @nn.nowrap
     def output(self, taps: tuple[MapShape, ...]) -> MapShape:

@@ -1,4 +1,4 @@
-"""The baseline: one tap, as it is (LLaVA-1.5 takes CLIP's hidden state 23)."""
+"""The baseline: one tap, unchanged (LLaVA-1.5 takes CLIP's hidden state 23)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxmllm.batch import FeatureMap, MapShape
 
 
 class Single(nn.Module):
-    """taps [K, N, h, w, C] -> the map of the tap at `index`."""
+    """taps [taps, N, h, w, C] -> the tap at `index`, [N, h, w, C]."""
 
     index: int = -1
 

@@ -1,6 +1,6 @@
 """A Llama-style decoder: RMSNorm, rotary grouped-query attention, SwiGLU, tied or untied head.
 
-With `inserts`, a layer that looks at the image follows some decoder layers (inserts.py).
+With `inserts`, layers that look at the image follow some decoder layers (inserts.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm.batch import Visual
-from jaxmllm.llms.inserts import Inserts, VisualLayers
-from jaxmllm.nn.attention import Attention
+from jaxmllm.llms.inserts import VisualInserts, VisualLayers
+from jaxmllm.nn.attention.layer import Attention
 from jaxmllm.nn.primitives import MLP, Embed, Norm
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
@@ -50,10 +50,10 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder-only language model on embedded tokens.
+    """A decoder-only language model on embedded tokens.
 
-    taps are 1-based: tap i = output of layer i before the final norm, except that `layers` itself means the state after
-    the final norm (as in Hugging Face's hidden_states and VisPer-LM).
+    Taps are 1-based: tap i is the output of layer i before the final norm, but tap `layers` is the state after the
+    final norm (as in Hugging Face's hidden_states and VisPer-LM).
     """
 
     vocab: int
@@ -67,8 +67,7 @@ class Decoder(nn.Module):
     eps: float = 1e-5
     tied: bool = False
     qkv_bias: bool = False
-    inserts: Inserts | None = None
-    insert: nn.Module | None = None  # the visual layer; mllm.py puts it here
+    inserts: VisualInserts | None = None
     remat: str = "full"
     unroll: int | bool = 1
 
@@ -76,8 +75,11 @@ class Decoder(nn.Module):
         super().__post_init__()
         if self.heads % self.kv_heads:
             raise ValueError(f"Decoder: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
-        if self.inserts and self.inserts.start + self.inserts.stride * (self.inserts.count - 1) >= self.layers:
-            raise ValueError(f"Decoder: {self.inserts} reaches past the last of {self.layers} layers")
+        if self.inserts and self.inserts.last >= self.layers:
+            raise ValueError(
+                f"Decoder: the last visual layer would follow layer {self.inserts.last}, and the last layer is "
+                f"{self.layers - 1}; change start, stride or count of inserts"
+            )
 
     def setup(self):
         block = DecoderBlock(
@@ -92,7 +94,7 @@ class Decoder(nn.Module):
         self.embedding = Embed(self.vocab, self.width)
         self.blocks = Stack(block, self.layers, self.remat, self.unroll)
         if self.inserts:
-            self.visual = VisualLayers(self.insert, self.inserts, self.layers, self.remat != "none")
+            self.visual = VisualLayers(self.inserts, self.layers, self.remat != "none")
         self.norm = Norm("rms", self.eps)
         if not self.tied:
             self.lm_head = Embed(self.vocab, self.width)
@@ -102,7 +104,7 @@ class Decoder(nn.Module):
         return self.embedding(tokens)
 
     def output_table(self) -> jax.Array:
-        """[V, H] as it is stored: logits = hidden @ table.T."""
+        """The table [V, H] as it is stored: logits = hidden @ table.T."""
         return (self.embedding if self.tied else self.lm_head).kernel()
 
     def __call__(
@@ -115,17 +117,17 @@ class Decoder(nn.Module):
         cache: Any = None,
         cache_index: jax.Array | int = 0,
     ) -> tuple[jax.Array, dict[int, jax.Array], Any]:
-        """x [B, S, H] embedded; positions, segments int32[B, S] -> (normed states [B, S, H], taps, cache)."""
+        """Embedded tokens x [B, S, H]; positions, segments int32[B, S] -> (normed states [B, S, H], taps, cache)."""
         wanted = tuple(t for t in taps if t != self.layers)
         slots, buffer = tap_slots(wanted, self.layers), empty_taps(x, len(wanted))
-        after, aside = self.visual(x, visual) if self.inserts and visual is not None else (None, None)
+        interleave, carry = self.visual(x, visual) if self.inserts and visual is not None else (None, None)
         inputs = positions, segments, cache_index
-        x, buffer, cache = self.blocks(x, buffer, slots, cache, *inputs, after=after, aside=aside)
+        x, buffer, cache = self.blocks(x, buffer, slots, cache, *inputs, interleave=interleave, interleave_carry=carry)
         x = self.norm(x)
         return x, {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}, cache
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> dict:
-        """A key-value cache of `length` slots per row, all empty; every array has a leading layer dimension."""
+        """An empty key-value cache of `length` slots per row; every array has a leading layer dimension."""
         dim = self.head_dim or self.width // self.heads
         lead = self.layers, batch, length
         return {

@@ -28,7 +28,7 @@ def vicuna_13b(**fields: Any) -> Decoder:
 
 
 def phi3_mini(**fields: Any) -> Decoder:
-    """microsoft/Phi-3-mini-4k-instruct (weights: tables.phi3).
+    """microsoft/Phi-3-mini-4k-instruct (weights: key_maps.phi3).
 
     It attends to the last 2047 tokens only; this decoder has no such window, so it is the same model up to
     that length.

@@ -9,8 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.batch import MapShape
+from jaxmllm.nn import compiler
 from jaxmllm.nn.primitives import pad
 
 
@@ -23,27 +24,27 @@ def resize(x: jax.Array, h: int, w: int, method: str = "bilinear") -> jax.Array:
 
 
 def cells(x: jax.Array, side: int) -> jax.Array:
-    """[N, h, w, C] -> [N, h/side, w/side, side, side, C]: squares of cells; what is left of the sides is dropped."""
+    """[N, h, w, C] -> [N, h/side, w/side, side, side, C]: squares of cells; incomplete squares are dropped."""
     n, h, w, c = x.shape
     h, w = h // side, w // side
-    return mesh.reshape(x[:, : h * side, : w * side], n, h, side, w, side, c).swapaxes(2, 3)
+    return sharded.reshape(x[:, : h * side, : w * side], n, h, side, w, side, c).swapaxes(2, 3)
 
 
 def patches(x: jax.Array, side: int) -> jax.Array:
-    """[N, h, w, C] -> [N, h/side * w/side, side*side*C]: what a convolution whose stride is its size multiplies.
+    """[N, h, w, C] -> [N, h/side * w/side, side*side*C]: the inputs of a convolution whose stride is its size.
 
-    Kept apart from that product: as a convolution in six dimensions it takes a TPU's compiler minutes.
+    Joined with the product that follows, it would be a convolution in six dimensions, which takes the TPU compiler
+    minutes.
     """
     x = cells(x, side)
-    return jax.lax.optimization_barrier(mesh.reshape(x, x.shape[0], x.shape[1] * x.shape[2], side**2 * x.shape[-1]))
+    return compiler.compile_apart(sharded.reshape(x, x.shape[0], x.shape[1] * x.shape[2], side**2 * x.shape[-1]))
 
 
 @flax.struct.dataclass
-class Tokens:
-    """Maps of one size as tokens [count, N, T, C]: T is h * w, on a TPU filled up with zeros to whole tiles.
+class FlatMaps:
+    """Maps of one size as [count, N, cells, C], where cells is h * w, on a TPU padded with zeros to whole tiles.
 
-    Rows that end within a tile double a product's cycles, and take its compiler seven times as long (v6e, 1369 tokens);
-    as one dimension, images and tokens take it two thirds of the time.
+    With images and cells merged into one dimension, the TPU compiler takes two thirds of the time (v6e, 1369 cells).
     """
 
     x: jax.Array
@@ -51,50 +52,49 @@ class Tokens:
     w: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, maps: jax.Array) -> Tokens:
-        """Of maps [count, N, h, w, C]."""
+    def of(cls, maps: jax.Array) -> FlatMaps:
+        """From maps [count, N, h, w, C]."""
         h, w = maps.shape[2:4]
-        more = -h * w % (16 if mesh.platform() == "tpu" else 1)
-        return cls(pad(mesh.refold(maps, 2, 2, h * w), 2, more), h, w)
+        return cls(pad(sharded.reshape_dims(maps, 2, 2, h * w), 2, -h * w % compiler.tile_rows()), h, w)
 
-    def by(self, f: Callable[[jax.Array], jax.Array]) -> Tokens:
-        """f of the tokens [count, N * T, C], in the same places."""
-        n, t = self.x.shape[1:3]
-        return self.replace(x=mesh.refold(f(mesh.refold(self.x, 1, 2, n * t)), 1, 1, n, t))
+    def each_cell(self, f: Callable[[jax.Array], jax.Array]) -> FlatMaps:
+        """f applied to the cells [count, N * cells, C], in the same places."""
+        n, cells = self.x.shape[1:3]
+        return self.replace(x=sharded.reshape_dims(f(sharded.reshape_dims(self.x, 1, 2, n * cells)), 1, 1, n, cells))
 
     @property
     def cells(self) -> jax.Array:
-        """[count, N, h*w, C]"""
+        """[count, N, h*w, C], without padding."""
         return self.x[:, :, : self.h * self.w]
 
     @property
     def maps(self) -> jax.Array:
-        """[count, N, h, w, C]"""
-        return mesh.refold(self.cells, 2, 1, self.h, self.w)
+        """[count, N, h, w, C]."""
+        return sharded.reshape_dims(self.cells, 2, 1, self.h, self.w)
 
 
-def stacks(maps: jax.Array | list[jax.Array], which: list[int]) -> list[Tokens]:
-    """Some of maps [N, h, w, C], each run of one size together, to be worked on at once."""
+def group_by_size(maps: jax.Array | list[jax.Array], which: list[int]) -> list[FlatMaps]:
+    """The maps [N, h, w, C] at the places `which`; neighbours of one size are joined and worked on at once."""
     if isinstance(maps, jax.Array) and which == list(range(which[0], which[-1] + 1)):
-        return [Tokens.of(maps[which[0] : which[-1] + 1])]
+        return [FlatMaps.of(maps[which[0] : which[-1] + 1])]
     runs = itertools.groupby((maps[i] for i in which), lambda x: x.shape)
-    return [Tokens.of(jnp.stack(list(run))) for _, run in runs]
+    return [FlatMaps.of(jnp.stack(list(run))) for _, run in runs]
 
 
 def mean(maps: Iterable[jax.Array]) -> jax.Array:
-    """Mean of maps of one size, in float32, returned in their dtype."""
+    """The mean of maps of one size, taken in float32 and returned in their dtype."""
     maps = list(maps)
     return (sum(m.astype(jnp.float32) for m in maps) / len(maps)).astype(maps[0].dtype)
 
 
 def adaptive_pool(x: jax.Array, h: int, w: int) -> jax.Array:
-    """[N, h', w', C] -> [N, h, w, C]: means of bins floor(i h'/h) .. ceil((i+1) h'/h) (torch's AdaptiveAvgPool2d)."""
+    """[N, h', w', C] -> [N, h, w, C]: means over bins floor(i h'/h) .. ceil((i+1) h'/h) (torch's AdaptiveAvgPool2d)."""
     rows, columns = _bins(x.shape[1], h), _bins(x.shape[2], w)
     return jnp.einsum("ai,bj,nijc->nabc", rows, columns, x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _bins(size: int, bins: int) -> jax.Array:
-    """float32[bins, size]: row i holds the weights of bin i."""
+    """float32[bins, size]: row i has the weights of bin i."""
     i, at = jnp.arange(bins)[:, None], jnp.arange(size)
     inside = (at >= i * size // bins) & (at < -(-(i + 1) * size // bins))
     return inside / inside.sum(1, keepdims=True)
@@ -114,6 +114,6 @@ def need_same(who: str, shapes: Iterable[MapShape], channels: bool = True) -> No
 
 
 def need_plain(who: str, shapes: Iterable[MapShape]) -> None:
-    """Raises ValueError if a map has tokens beside its grid."""
+    """Raises ValueError if a map has tokens besides its grid."""
     if any(s.extra for s in shapes):
-        raise ValueError(f"{who} reads grids only, and a fuser gives tokens beside its grid (STI); use a projector")
+        raise ValueError(f"{who} reads grids only, but a fuser gives tokens besides its grid (STI); use a projector")

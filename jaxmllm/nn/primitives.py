@@ -1,9 +1,7 @@
-"""Linear, Conv, Norm, BatchNorm, Embed, Table: the only callers of `self.param`.
+"""Linear, Conv, Norm, BatchNorm, Embed, LearnedArray: the only callers of `self.param`.
 
-So initial values and shardings live in one place.
-
-Parameters are float32 when made. They may be cast (to bfloat16) before `apply`; a layer computes in the dtype of its
-input and keeps norms in float32.
+So initial values and shardings have one place. New parameters are float32. They may be cast (to bfloat16) before
+`apply`; a layer computes in the dtype of its input and keeps norms in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxmllm import mesh
+from jaxmllm import sharded
+from jaxmllm.nn import compiler
 
 Init = Callable[..., jax.Array]
 normal = nn.initializers.normal
@@ -25,7 +24,7 @@ ones = nn.initializers.ones
 
 
 def torch_uniform(fan_in: int) -> Init:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Linear for weight and bias alike."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch.nn.Linear's default for both weight and bias."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -33,14 +32,15 @@ def torch_uniform(fan_in: int) -> Init:
 class _Params(nn.Module):
     def weight(self, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
         path = "/".join((*self.path, name))
-        return self.param(name, lambda key: mesh.shard_param(init(key, shape, jnp.float32), axes, path))
+        return self.param(name, lambda key: sharded.shard_param(init(key, shape, jnp.float32), axes, path))
 
 
 class Linear(_Params):
     """y[..., out] = x[..., in] @ kernel + bias, where `in` and `out` may be several dimensions each.
 
-    in_axes, out_axes: logical names of those dimensions (mesh.RULES); their number says how many trailing
-    dimensions of x are contracted. features: sizes of `out`. Kernel shape: in dims + out dims.
+    in_axes, out_axes: logical names of those dimensions (mesh.RULES). The length of in_axes says how many trailing
+    dimensions of x are contracted. features: sizes of `out`. The kernel has the input dimensions, then the output
+    dimensions.
     """
 
     features: tuple[int, ...]
@@ -60,23 +60,23 @@ class Linear(_Params):
             return init(key, (fan_in, fan_out), dtype).reshape(shape)
 
         kernel = self.weight("kernel", kernel_init, (*inputs, *self.features), axes)
-        kernel = mesh.gather_param(kernel, axes).astype(x.dtype)
+        kernel = sharded.gather_param(kernel, axes).astype(x.dtype)
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         y = jax.lax.dot_general(
-            x, kernel, (contract, ((), ())), out_sharding=mesh.spec_like(x, x.ndim - n, self.out_axes)
+            x, kernel, (contract, ((), ())), out_sharding=sharded.spec_like(x, x.ndim - n, self.out_axes)
         )
         if self.use_bias:
             bias_init = zeros if self.kernel_init else torch_uniform(fan_in)
             bias = self.weight("bias", bias_init, self.features, self.out_axes)
-            y = y + mesh.gather_param(bias, self.out_axes).astype(x.dtype)
+            y = y + sharded.gather_param(bias, self.out_axes).astype(x.dtype)
         return y
 
 
 class Conv(_Params):
-    """[N, h, w, in] -> [N, ceil(h/stride), ceil(w/stride), features]; zeros around as TensorFlow's "SAME" puts them:
-    with a stride more of them on the right and below.
+    """[N, h, w, in] -> [N, ceil(h/stride), ceil(w/stride), features], zero-padded as TensorFlow's "SAME".
 
-    Kernel [side, side, in, features]; depthwise: every channel has its own filter, [side, side, 1, features].
+    With a stride, that padding has more zeros on the right and below. Kernel [side, side, in, features]; depthwise:
+    each channel has its own filter, [side, side, 1, features].
     """
 
     features: int
@@ -90,22 +90,13 @@ class Conv(_Params):
         inputs, axes = (1, (None,) * 4) if self.depthwise else (x.shape[-1], (None, None, "embed", None))
         init = torch_uniform(self.side**2 * inputs)
         kernel = self.weight("kernel", init, (self.side, self.side, inputs, self.features), axes)
-        groups = self.features if self.depthwise else 1
-
-        def conv(x, kernel):
-            layout, stride = ("NHWC", "HWIO", "NHWC"), (self.stride, self.stride)
-            return jax.lax.conv_general_dilated(
-                x, kernel, stride, "SAME", dimension_numbers=layout, feature_group_count=groups
-            )
-
-        # Left to XLA (jax 0.10.2), a depthwise kernel's gradient is doubled on a mesh that also splits over tensor.
-        # Shifted products are right too and faster on CPU, but at 7x7 take four times the cycles on v5p (docs/log.md).
-        y = mesh.on_own(conv, x, mesh.gather_param(kernel, axes).astype(x.dtype))
+        kernel = sharded.gather_param(kernel, axes).astype(x.dtype)
+        y = compiler.convolve(x, kernel, self.stride, self.features if self.depthwise else 1)
         return y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype) if self.use_bias else y
 
 
 class Norm(_Params):
-    """LayerNorm (kind="layer") or RMSNorm (kind="rms") over the last dimension, in float32, returned as x.dtype."""
+    """LayerNorm (kind="layer") or RMSNorm (kind="rms") over the last dimension: in float32, returned in x's dtype."""
 
     kind: str = "layer"
     eps: float = 1e-5
@@ -123,9 +114,9 @@ class Norm(_Params):
 
 
 class BatchNorm(_Params):
-    """Batch normalisation of pretrained networks, in float32: the stored statistics are used and never change.
+    """Batch normalisation of pretrained networks, in float32, with the stored statistics, which never change.
 
-    They get no gradient; where its weights are trained, take weight decay off "mean" and "var".
+    The statistics get no gradient. Where the layer is trained, take weight decay off "mean" and "var".
     """
 
     eps: float = 1e-3
@@ -152,16 +143,16 @@ class Embed(_Params):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32[B, S] -> [B, S, H]."""
-        table = mesh.gather_param(self.table, ("vocab", "embed"))
-        return table.at[ids].get(out_sharding=mesh.spec_like(ids, ids.ndim, (None,)))
+        table = sharded.gather_param(self.table, ("vocab", "embed"))
+        return table.at[ids].get(out_sharding=sharded.spec_like(ids, ids.ndim, (None,)))
 
     def kernel(self) -> jax.Array:
-        """[V, H] as it is stored."""
+        """The table [V, H] as it is stored."""
         return self.table
 
 
-class Table(_Params):
-    """A learned array of the given shape: position tables, queries, scales."""
+class LearnedArray(_Params):
+    """A learned array of a given shape: a table of positions, queries, scales."""
 
     shape: tuple[int, ...]
     init: Init = normal(0.02)
@@ -172,13 +163,13 @@ class Table(_Params):
 
 
 def pad(x: jax.Array, dimension: int, more: int, value: int = 0) -> jax.Array:
-    """x with `more` entries of `value` behind a dimension."""
+    """x with `more` entries of `value` appended along a dimension."""
     widths = [(0, more if i == dimension % x.ndim else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value) if more else x
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function, in float32 as torch computes it. jax.nn.gelu's erfc takes longer."""
+    """x times the normal distribution function, in float32 as torch computes it. (erfc, in jax.nn.gelu, is slower.)"""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
@@ -194,7 +185,7 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """Linear, activation, Linear; with `gated`, down(act(gate(x)) * up(x)) (SwiGLU when the activation is silu)."""
+    """Linear, activation, Linear; gated: down(act(gate(x)) * up(x)), which is SwiGLU if the activation is silu."""
 
     hidden: int
     out: int
@@ -210,12 +201,12 @@ class MLP(nn.Module):
 
         def project(name):
             y = Linear((self.hidden,), out_axes=("mlp",), name=name, **common)(x)
-            return mesh.row_major(checkpoint_name(y, "projection"))
+            return compiler.row_major(checkpoint_name(y, "projection"))
 
         y = project("up")
         if self.gated:
             y = act(project("gate")) * y
         else:
-            # Kept apart: a TPU's compiler joins both products otherwise, at a ninth more cycles (ViT-L, v6e).
-            y = jax.lax.optimization_barrier(act(y))
+            # Otherwise the TPU compiler joins both products, which takes a ninth more cycles (ViT-L, v6e).
+            y = compiler.compile_apart(act(y))
         return Linear((self.out,), in_axes=("mlp",), out_axes=("embed",), name="down", **common)(y)

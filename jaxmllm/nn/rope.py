@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
+from jaxmllm.nn import compiler
 
 
 def line_angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
@@ -18,9 +18,9 @@ def line_angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
 
 
 def grid_angles(side: int, dim: int, theta: float) -> jax.Array:
-    """float32[side*side, dim/2] of a grid's cells, row by row: half the angles turn with the row, half with the column.
+    """float32[side*side, dim/2], row by row: half the angles of a cell grow with its row, half with its column.
 
-    Cell centres lie in -1..1, and the slowest angle is 2 pi theta^(4/dim - 1) of that (DINOv3, Simeoni et al. 2025).
+    Cell centres lie in -1..1; the slowest angle is 2 pi theta^(4/dim - 1) times that (DINOv3, Simeoni et al. 2025).
     """
     centre = (jnp.arange(side, dtype=jnp.float32) + 0.5) / side * 2 - 1
     frequency = theta ** (-4 * jnp.arange(dim // 4, dtype=jnp.float32) / dim)
@@ -29,7 +29,7 @@ def grid_angles(side: int, dim: int, theta: float) -> jax.Array:
 
 
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
-    """Rotates pairs (x[i], x[i + D/2]) of the last dimension by an angle, in float32.
+    """Rotates the pairs (x[i], x[i + D/2]) of the last dimension by angles, in float32.
 
     x [B, S, ..., D]; angle float32[B or 1, S, D/2], which gets no gradient. Returns x's shape and dtype.
     """
@@ -39,20 +39,12 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    half = x.shape[-1] // 2
-    if mesh.platform() == "tpu":
-        # A matmul with a signed permutation, exact as it is: a TPU takes three times as long to slice and join halves
-        # of 64 lanes. A CPU is faster with halves.
-        swap = jnp.roll(jnp.diag(jnp.repeat(jnp.array([1, -1], x.dtype), half)), half, 1)
-        with jax.named_scope("gather"):  # to a plan: no FLOPs of the model
-            other = jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
-    else:
-        other = jnp.concatenate([-x[..., half:], x[..., :half]], -1).astype(jnp.float32)
+    other = compiler.turn_halves(x)
     cos, sin = (jnp.concatenate([part, part], -1) for part in (cos, sin))
     return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
-# The derivative of a rotation is the rotation back: one pass, where what jax.grad makes takes a TPU three.
+# The derivative of a rotation is the rotation back: one pass, where jax.grad's derivative takes a TPU three.
 _turn.defvjp(
     lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)),
     lambda saved, dy: (_turn(dy, saved[0], -saved[1]), None, None),

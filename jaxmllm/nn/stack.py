@@ -1,7 +1,7 @@
-"""Repeated blocks with taps: the only file that scans over layers and rematerialises them.
+"""Repeated layers with taps: the only file that scans over layers and rematerialises them.
 
 The ViT and the language model both use it, so "encoder taps" and "hidden states for distillation" are one mechanism.
-A tap leaves the scan in a fixed buffer in the carry, so the other layers' outputs are never kept.
+A tap leaves the scan in a fixed buffer in the carry, so the outputs of the other layers are never kept.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What the backward pass finds saved; the rest of a block is computed again.
+# What the forward pass saves for the backward pass, which computes the rest of a block again.
 REMAT = {
     "none": None,  # save everything
     "full": jax.checkpoint_policies.nothing_saveable,  # save only each block's input
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # save the outputs of weight matmuls
-    # Save what attention and MLP project to (rotated queries and keys) and the attention kernel's own residuals, but
-    # no block's last output: elementwise work alone is repeated.
+    # Save the projections of attention (queries and keys rotated) and MLP, and the residuals of the attention kernel,
+    # but not a block's last output: only elementwise work is repeated.
     "projections": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
 }
 
@@ -28,11 +28,11 @@ REMAT = {
 class _Layer(nn.Module):
     block: nn.Module
     remat: str
-    after: Callable | None
+    interleave: Callable | None
 
     @nn.compact
     def __call__(self, carry, layer, broadcast):
-        (x, taps, aside), (number, slot, cache) = carry, layer
+        (x, taps, interleave_carry), (number, slot, cache) = carry, layer
 
         def run(block, *inputs):
             return block(*inputs)
@@ -41,26 +41,27 @@ class _Layer(nn.Module):
             run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=False)
         x, cache = run(self.block.copy(name="block"), x, cache, *broadcast)
         taps = put(taps, slot, x)
-        x, aside = self.after(x, aside, number) if self.after else (x, aside)
-        return (x, taps, aside), cache
+        if self.interleave:
+            x, interleave_carry = self.interleave(x, interleave_carry, number)
+        return (x, taps, interleave_carry), cache
 
 
 def put(taps: jax.Array, slot: Any, x: jax.Array) -> jax.Array:
-    """Writes x into taps[slot]; the last entry of the buffer is where unwanted ones go."""
+    """Writes x into taps[slot]; outputs that nobody taps go to the last entry of the buffer."""
     if taps.shape[0] == 1:
         return taps
     return jax.lax.dynamic_update_index_in_dim(taps, x.astype(taps.dtype), slot, 0)
 
 
 def empty_taps(x: jax.Array, count: int) -> jax.Array:
-    """A buffer [count + 1, *x.shape]; without taps it is one scalar."""
+    """A buffer [count + 1, *x.shape]; without taps, one scalar."""
     if not count:
         return jnp.zeros((1,), x.dtype)
     return jnp.broadcast_to(jnp.zeros_like(x)[None], (count + 1, *x.shape))
 
 
 def tap_slots(wanted: tuple[int, ...], length: int) -> np.ndarray:
-    """int32[length]: the slot of the output of block 1, 2, ..; len(wanted) = nowhere."""
+    """int32[length]: the slots of the outputs of blocks 1, 2, ..; len(wanted) if a block is not tapped."""
     return np.array([wanted.index(i) if i in wanted else len(wanted) for i in range(1, length + 1)], np.int32)
 
 
@@ -72,12 +73,14 @@ class _Repeated(nn.Module):
         return self.layer.copy(name="layer")(x, *broadcast), None
 
 
-def stacked(layer: nn.Module, count: int, name: str) -> nn.Module:
-    """`count` copies of a layer x = layer(x, *broadcast), scanned: m(x, *broadcast) -> (x, None). Parameters under
-    name/layer have a leading layer dimension. The backward pass finds each layer's input saved and nothing else."""
+def scan_layers(layer: nn.Module, count: int, name: str) -> nn.Module:
+    """`count` copies of a layer x = layer(x, *broadcast), scanned: m(x, *broadcast) -> (x, None).
+
+    Parameters under name/layer have a leading layer dimension. Only each layer's input is saved for the backward pass.
+    """
     axes = {"params": 0, "intermediates": 0}
-    again = nn.remat(_Repeated, prevent_cse=False)
-    scan = nn.scan(again, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
+    rematerialised = nn.remat(_Repeated, prevent_cse=False)
+    scan = nn.scan(rematerialised, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
     return scan(layer, name=name)
 
 
@@ -85,7 +88,7 @@ class Stack(nn.Module):
     """`length` copies of `block`, scanned; parameters have a leading layer dimension.
 
     block: called as block(x, cache, *broadcast) -> (x, cache).
-    remat: a name in REMAT. unroll: layers per loop turn; all of them (True) is faster for a few small layers.
+    remat: a name in REMAT. unroll: layers per turn of the loop; True, all of them, is faster for a few small layers.
     """
 
     block: nn.Module
@@ -99,10 +102,15 @@ class Stack(nn.Module):
             raise ValueError(f"remat: there is no policy {self.remat!r}; known: {', '.join(REMAT)}")
 
     @nn.compact
-    def __call__(self, x, taps, slots, cache, *broadcast, after: Callable | None = None, aside: Any = None):
-        """x [B, S, H]; taps from empty_taps; slots int32[length] from tap_slots; cache: pytree with leading
-        dimension `length`, or None; after(x, aside, i) -> (x, aside): what follows layer i (0-based) and its tap, and
-        is not computed again with it; aside: what it begins with. Returns (x, taps, cache)."""
+    def __call__(
+        self, x, taps, slots, cache, *broadcast, interleave: Callable | None = None, interleave_carry: Any = None
+    ):
+        """x [B, S, H]; taps from empty_taps; slots int32[length] from tap_slots; cache: a pytree with leading
+        dimension `length`, or None. Returns (x, taps, cache).
+
+        interleave(x, interleave_carry, i) -> (x, interleave_carry) runs after layer i (0-based) and its tap, and is not
+        rematerialised with the layer.
+        """
         if not self.length:
             return x, taps, cache
         scan = nn.scan(
@@ -113,7 +121,7 @@ class Stack(nn.Module):
             length=self.length,
             unroll=self.length if self.unroll is True else self.unroll,
         )
-        layers = scan(self.block, self.remat, after, name="layers")
+        layers = scan(self.block, self.remat, interleave, name="layers")
         each = jnp.arange(self.length), jnp.asarray(slots), cache
-        (x, taps, _), cache = layers((x, taps, aside), each, broadcast)
+        (x, taps, _), cache = layers((x, taps, interleave_carry), each, broadcast)
         return x, taps, cache

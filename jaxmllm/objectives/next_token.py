@@ -1,4 +1,4 @@
-"""Next-token cross-entropy with the vocabulary in chunks: no [B, S, V] array ever exists."""
+"""Next-token cross-entropy with the vocabulary in chunks: a [B, S, V] array never exists."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmllm import mesh
-from jaxmllm.batch import Term
+from jaxmllm import sharded
+from jaxmllm.batch import IGNORE_LABEL, Term
 
-IGNORE = -100
-ROWS = 8  # chunks are whole tiles of TPU memory
+ROWS = 8  # a chunk is a multiple of this: whole tiles of TPU memory
 
 
 def next_token(hidden: jax.Array, table: jax.Array, labels: jax.Array, chunk: int) -> tuple[Term, jax.Array]:
-    """hidden [B, S, H], table [V, H], labels int32[B, S] (IGNORE = none) -> (negative log-likelihood, hits bool[B, S]).
+    """hidden [B, S, H], table [V, H], labels int32[B, S] (IGNORE_LABEL: none) -> (negative log-likelihood, bool[B, S]).
 
-    About `chunk` entries of the vocabulary become logits at a time (float32), and again in the backward pass, where
-    their gradients are summed over all tokens in one product. The table comes as it is stored: split over fsdp, it is
-    gathered chunk by chunk, and its gradients are scattered so. A hit is a label that is the most likely token.
+    About `chunk` entries of the vocabulary become float32 logits at a time, and again in the backward pass, which sums
+    their gradients over all tokens in one product. The table is passed as it is stored: if it is split over fsdp, it is
+    gathered, and its gradient scattered, chunk by chunk. The second result is true where the label is the most likely
+    token.
     """
-    hidden, labels = mesh.shard(hidden, "batch", "length", None), mesh.shard(labels, "batch", "length")
-    table = mesh.in_parts(table)
+    hidden, labels = sharded.shard(hidden, "batch", "length", None), sharded.shard(labels, "batch", "length")
+    table = sharded.split_by_device(table)
     nll, hit = losses(hidden, table, labels, Chunks.of(table.shape[1], chunk / table.shape[0]))
-    return Term(nll, labels != IGNORE), hit
+    return Term(nll, labels != IGNORE_LABEL), hit
 
 
 class Chunks(NamedTuple):
-    """How the `total` rows that each part of the table has are taken `rows` at a time, `count` times."""
+    """How the `total` rows of each part of the table are taken `rows` at a time, `count` times."""
 
     total: int
     rows: int
@@ -42,35 +42,38 @@ class Chunks(NamedTuple):
         return cls(total, min(total, math.ceil(total / count / ROWS) * ROWS), count)
 
     def start(self, i: jax.Array | int) -> jax.Array:
-        """First row of chunk i; the last one ends with the table, so it may begin with rows that were already taken."""
+        """First row of chunk i.
+
+        The last chunk ends with the table, so it may begin with rows that were already taken.
+        """
         return jnp.minimum(i * self.rows, self.total - self.rows)
 
     def weights(self, table: jax.Array, i: jax.Array | int) -> jax.Array:
-        """[parts, V / parts, H] -> chunk i [C, H], gathered over fsdp."""
-        rows = mesh.shard(jax.lax.dynamic_slice_in_dim(table, self.start(i), self.rows, 1), "vocab", None, None)
-        return mesh.reshape_to(rows, (rows.shape[0] * rows.shape[1], rows.shape[2]), "vocab", None)
+        """[parts, V / parts, H] -> chunk i, [chunk, H], gathered over fsdp."""
+        rows = sharded.shard(jax.lax.dynamic_slice_in_dim(table, self.start(i), self.rows, 1), "vocab", None, None)
+        return sharded.reshape_to(rows, (rows.shape[0] * rows.shape[1], rows.shape[2]), "vocab", None)
 
     def entries(self, parts: int, i: jax.Array | int) -> jax.Array:
-        """int32[C]: which entries of the vocabulary chunk i has; -1 for those that were already taken."""
+        """int32[chunk]: the entries of the vocabulary in chunk i; -1 for those that were already taken."""
         row = self.start(i) + jnp.arange(self.rows)
         entry = jnp.arange(parts)[:, None] * self.total + row
         return jnp.where(row >= i * self.rows, entry, -1).reshape(-1)
 
     def fold(self, step, carry, table: jax.Array):
-        """carry = step(carry, weights [C, H], i) for every chunk i."""
+        """carry = step(carry, weights [chunk, H], i) for each chunk i."""
         if self.count == 1:
             return step(carry, self.weights(table, 0), 0)
 
         def turn(state, i):
             carry, weights = state
-            following = self.weights(table, i + 1)  # gathered while this chunk is worked on; the last one in vain
+            following = self.weights(table, i + 1)  # gathered while this chunk is worked on; the last one is not used
             return (step(carry, weights, i), following), None
 
         return jax.lax.scan(turn, (carry, self.weights(table, 0)), jnp.arange(self.count))[0][0]
 
 
 def logits_of(x: jax.Array, weights: jax.Array, entry: jax.Array) -> jax.Array:
-    """x [B, S, H], weights [C, H], entry int32[C] -> float32[B, S, C], -inf where the entry is -1."""
+    """x [B, S, H], weights [chunk, H], entry int32[chunk] -> float32[B, S, chunk], -inf where the entry is -1."""
     with jax.named_scope("logits"):
         logits = jnp.einsum("bsh,vh->bsv", x, weights, preferred_element_type=jnp.float32)
     return jnp.where(entry >= 0, logits, -jnp.inf)
@@ -88,7 +91,7 @@ def _forward(x, table, labels, chunks):
         logits = logits_of(x, weights, entry)
         new = jnp.maximum(top, logits.max(-1))
         total = total * jnp.exp(top - new) + jnp.exp(logits - new[..., None]).sum(-1)
-        # A comparison instead of a gather: with the vocabulary split over `tensor` it stays a local masked sum.
+        # A comparison instead of a gather: it stays a local masked sum if the vocabulary is split over `tensor`.
         return new, total, own + jnp.sum(jnp.where(labels[..., None] == entry, logits, 0.0), -1)
 
     zero = jnp.zeros_like(labels, jnp.float32)
@@ -106,11 +109,11 @@ def _backward(chunks, saved, cotangents):
         d = g[..., None] * (jnp.exp(logits - lse[..., None]) - (labels[..., None] == entry))
         d = d.astype(x.dtype)
         with jax.named_scope("logits"):
-            dx += mesh.einsum("bsv,vh->bsh", d, weights, "batch", "length", None, dtype=jnp.float32)
-            more = mesh.einsum("bsv,bsh->vh", d, x, "vocab", None)
-        more = mesh.reshape_to(more, (table.shape[0], chunks.rows, x.shape[-1]), "vocab", None, None)
+            dx += sharded.einsum("bsv,vh->bsh", d, weights, "batch", "length", None, dtype=jnp.float32)
+            more = sharded.einsum("bsv,bsh->vh", d, x, "vocab", None)
+        more = sharded.reshape_to(more, (table.shape[0], chunks.rows, x.shape[-1]), "vocab", None, None)
         first = chunks.start(i)
-        more = mesh.like(more, table) + jax.lax.dynamic_slice_in_dim(dtable, first, chunks.rows, 1)
+        more = sharded.reshard_like(more, table) + jax.lax.dynamic_slice_in_dim(dtable, first, chunks.rows, 1)
         return dx, jax.lax.dynamic_update_slice_in_dim(dtable, more, first, 1)
 
     dx, dtable = chunks.fold(step, (jnp.zeros_like(x, jnp.float32), jnp.zeros_like(table)), table)

@@ -1,10 +1,10 @@
-"""What TPU chips can do. Figures are of one JAX device: a chip, except on tpu7x, where a device is half of one.
+"""What TPU chips can do. Figures are per JAX device: a chip, except on tpu7x, where a device is half a chip.
 
 Sources: peak and HBM from Google's Cloud TPU system architecture pages (v4, v5e, v5p, v6e, tpu7x); clock = peak / bf16
-operations per cycle of the matrix units (v4, v5p: 2 cores x 4 units of 128 x 128; v5e: 4 of those; v6e: 2 of 256 x 256
-per core, which is 524,288 a cycle); link rates from "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter
-2), tpu7x from its page's 1,200 GB/s a chip. `hbm_usable` is what the
-compiler says it may use (in the message of a program that does not fit, libtpu 0.0.42).
+operations per cycle of the matrix units (v4, v5p: 2 cores x 4 units of 128 x 128; v5e: 4 such units; v6e: 2 units of
+256 x 256 per core, 524,288 operations a cycle); link rates from "How to Scale Your Model"
+(jax-ml.github.io/scaling-book, chapter 2), for tpu7x from the 1,200 GB/s per chip on its page. `hbm_usable` is what the
+compiler says it may use (in the message for a program that does not fit, libtpu 0.0.42).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Per JAX device. Rates in 1/s, memory in bytes; link_rate: bytes/s of one link, one way."""
+    """Figures per JAX device. Rates are per second, memory in bytes."""
 
     name: str
     clock: float
     flops: float  # bf16, dense
     hbm_rate: float
     hbm_usable: int
-    link_rate: float
-    torus: int  # dimensions of the interconnect
-    wrap: int  # a dimension is a ring when its length is a multiple of this
-    dcn_rate: float = 6.25e9  # bytes/s a chip, one way: 25 GB/s a host of 4 chips
+    link_rate: float  # bytes/s of one link, one way
+    torus_dims: int  # dimensions of the interconnect
+    ring_multiple: int  # a dimension is a ring when its length is a multiple of this
+    dcn_rate: float = 6.25e9  # bytes/s per chip, one way: 25 GB/s per host of 4 chips
     host_rate: float = 1.6e10  # bytes/s between HBM and host memory
-    per_chip: int = 1  # JAX devices per chip
+    devices_per_chip: int = 1
     cores: int = 1  # TensorCores per JAX device
-    options: tuple[tuple[str, str], ...] = ()  # of get_topology_desc
+    topology_options: tuple[tuple[str, str], ...] = ()  # for get_topology_desc
 
     @property
     def flops_per_cycle(self) -> float:
@@ -39,7 +39,7 @@ class Chip:
 
     @property
     def hbm_per_cycle(self) -> float:
-        """Bytes."""
+        """Bytes that HBM moves in a cycle."""
         return self.hbm_rate / self.clock
 
 
@@ -54,18 +54,18 @@ CHIPS = {
         3,
         4,
         cores=2,
-        options=(("chip_config_name", "megacore"),),
+        topology_options=(("chip_config_name", "megacore"),),
     ),
     "v5e": Chip("v5e", 1.5e9, 197e12, 8.19e11, int(15.75 * GIB), 4.5e10, 2, 16, dcn_rate=3.125e9),
     "v5p": Chip("v5p", 1.75e9, 459e12, 2.765e12, int(95.74 * GIB), 9e10, 3, 4, cores=2),
     "v6e": Chip("v6e", 1.75e9, 918e12, 1.638e12, int(31.25 * GIB), 9e10, 2, 16, host_rate=3.2e10, dcn_rate=3.125e9),
-    "tpu7x": Chip("tpu7x", 2.2e9, 1153.5e12, 3.69e12, int(94.75 * GIB), 9e10, 3, 4, per_chip=2),
+    "tpu7x": Chip("tpu7x", 2.2e9, 1153.5e12, 3.69e12, int(94.75 * GIB), 9e10, 3, 4, devices_per_chip=2),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: chip and shape, e.g. v5p:4x4x4 (64 chips), several of them joined by the data-centre network."""
+    """A slice, e.g. v5p:4x4x4 (64 chips), or several such slices joined by the data-centre network."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -77,17 +77,17 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Chips of all slices."""
         return math.prod(self.shape) * self.slices
 
 
 def topology(text: str, slices: int = 1) -> Topology:
-    """ "v5p:4x4x4" -> Topology. Raises ValueError for an unknown chip or shape."""
+    """ "v5p:4x4x4" -> Topology. Raises ValueError for an unknown chip or a wrong shape."""
     name, _, shape = text.partition(":")
     if name not in CHIPS:
         raise ValueError(f"--topology {text}: no chip {name!r}; known: {', '.join(CHIPS)}")
     sizes = shape.split("x")
-    if not all(size.isdigit() and int(size) for size in sizes) or len(sizes) != CHIPS[name].torus:
-        example = "x".join(["4"] * CHIPS[name].torus)
+    if not all(size.isdigit() and int(size) for size in sizes) or len(sizes) != CHIPS[name].torus_dims:
+        example = "x".join(["4"] * CHIPS[name].torus_dims)
         raise ValueError(f"--topology {text}: write the shape of a {name} slice as {name}:{example}")
     return Topology(CHIPS[name], tuple(map(int, sizes)), slices)

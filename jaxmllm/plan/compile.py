@@ -1,4 +1,4 @@
-"""A recipe's train step through the real TPU compiler, for a slice nobody holds."""
+"""Compiles the train step of a recipe with the real TPU compiler, for a slice that need not be at hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxmllm.plan.chips import GIB, Topology
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, stage_program
 
-# libtpu must not look for a TPU of this machine, nor insist on being alone: it only compiles.
+# libtpu only compiles here: it must not look for a TPU in this machine, nor insist on being the only process.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -25,23 +25,23 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
 }
-# The compiler estimates a kernel before it makes the code fast. A plan wants the estimate: without these passes
-# it takes a fifth less processor time; cycles differed by 0, 0.002 and 0.4 % in three recipes (docs/performance.md).
+# The compiler estimates a kernel before it optimises its code. A plan needs only the estimate. Without these passes it
+# takes a fifth less processor time; cycles differed by 0, 0.002 and 0.4 % in three recipes (docs/performance.md).
 ESTIMATES_ONLY = {
     "xla_jf_vliw_scheduler": "false",
     "xla_jf_xlu_optimizer": "false",
     "xla_tpu_flowdown_critical_nodes": "false",
-    # Such code spills more registers: a kernel is not to be made again, with smaller windows, for that.
+    # Such code spills more registers. The compiler must not compile a kernel again with smaller windows for that.
     "xla_tpu_llo_compilation_max_retries": "0",
 }
-# Two forms of the compiler's message: used and available, or temporaries alone and available.
+# Two forms of the compiler's message: all memory used and available, or only temporaries and available.
 _USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes per device. `total` is the peak that must fit into `limit`."""
+class HbmUse:
+    """Bytes per device. `total` is the peak, which must fit into `limit`."""
 
     total: int
     limit: int
@@ -54,12 +54,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The compiled step of a stage; text is "" if it does not fit (no program is made then)."""
+    """The compiled step of a stage; `text` is "" if it does not fit, since there is no program then."""
 
     text: str
-    memory: Memory
-    devices: np.ndarray  # the mesh
-    seconds: float  # to compile
+    memory: HbmUse
+    devices: np.ndarray  # in the shape of the mesh
+    seconds: float  # of compiling
 
     @property
     def fits(self) -> bool:
@@ -67,24 +67,24 @@ class Program:
 
 
 def prepare() -> None:
-    """Call before JAX starts. Raises ConfigError if the TPU compiler is not installed."""
+    """Sets the environment that libtpu needs; call it before JAX starts. Raises ConfigError without libtpu."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError('jaxmllm plan needs the TPU compiler (no TPU): pip install "jaxmllm[tpu]"')
+        raise ConfigError('jaxmllm plan needs the TPU compiler, but no TPU: pip install "jaxmllm[tpu]"')
     os.environ.update(ENVIRONMENT)
 
 
 def devices_of(topology: Topology) -> list:
-    """Descriptions of the devices of a slice, or of several. Raises ConfigError if there is no such slice."""
+    """Descriptions of all devices of a topology. Raises ConfigError if there is no such slice."""
     from jax.experimental import topologies
 
-    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options = dict(topology.chip.topology_options)
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     try:
-        found = topologies.get_topology_desc(
-            topology_name=topology.name, platform="tpu", **dict(topology.chip.options), **more
-        )
+        description = topologies.get_topology_desc(topology_name=topology.name, platform="tpu", **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ConfigError(f"--topology {topology.name}: {str(error).splitlines()[0][:200]}") from error
-    return found.devices
+    return description.devices
 
 
 def compile_stage(run: Run, stage: Stage, topology: Topology, say: Callable[[str], None]) -> Program:
@@ -93,8 +93,8 @@ def compile_stage(run: Run, stage: Stage, topology: Topology, say: Callable[[str
     mesh = run.mesh.build(devices)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        params, fresh, step = stage_program(run, stage, mesh)
-        state = abstract_on(mesh, jax.eval_shape(fresh, params))
+        params, new_train_state, step = stage_program(run, stage, mesh)
+        state = abstract_on(mesh, jax.eval_shape(new_train_state, params))
         batch = abstract_batch(run, stage, mesh)
         lowered = step.lower(state, batch)
         parts = {
@@ -105,28 +105,31 @@ def compile_stage(run: Run, stage: Stage, topology: Topology, say: Callable[[str
         }
         limit = topology.chip.hbm_usable
         try:
-            compiled = estimated(lowered, say)
+            compiled = compile_for_estimates(lowered, say)
             total, text = peak_bytes(compiled), compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
-            total, limit = memory_error(str(error), sum(parts.values()))
+            total, limit = parse_memory_error(str(error), sum(parts.values()))
             text = ""
-    memory = Memory(total, limit, **parts, scratch=max(0, total - sum(parts.values())))
+    memory = HbmUse(total, limit, **parts, scratch=max(0, total - sum(parts.values())))
     return Program(text, memory, mesh.devices, time.perf_counter() - start)
 
 
-def estimated(lowered: jax.stages.Lowered, say: Callable[[str], None]) -> jax.stages.Compiled:
-    """Compiles no further than estimates need, or, where a kernel then has no room for spilled registers, wholly."""
+def compile_for_estimates(lowered: jax.stages.Lowered, say: Callable[[str], None]) -> jax.stages.Compiled:
+    """Compiles without the passes that estimates do not need.
+
+    If a kernel then has no room for spilled registers, it compiles again with all passes.
+    """
     try:
         return lowered.compile(ESTIMATES_ONLY)
     except jax.errors.JaxRuntimeError as error:
         if "CompileTimeScopedVmemOom" not in str(error):
             raise
-    say("a kernel fits on the chip with all passes of the compiler only: compiling again, with them ...")
+    say("a kernel fits on the chip only with all passes of the compiler: compiling again with all of them ...")
     return lowered.compile()
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Memory of a device that a program needs, its arguments included."""
+    """Bytes of a device's memory that a program needs, arguments included."""
     stats = compiled.memory_analysis()
     return (
         stats.argument_size_in_bytes
@@ -137,18 +140,22 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def memory_error(message: str, arguments: int) -> tuple[int, int]:
-    """(bytes used, bytes there are) from the compiler's message. Raises RuntimeError if it is about something else."""
+def parse_memory_error(message: str, arguments: int) -> tuple[int, int]:
+    """Reads (bytes needed, bytes available) from the compiler's message for a program that does not fit.
+
+    arguments: bytes of the program's arguments, which one form of the message leaves out. Raises RuntimeError for any
+    other message.
+    """
     used, temporaries = _USED.search(message), _TEMPORARIES.search(message)
-    if not (found := used or temporaries):
+    if not (match := used or temporaries):
         raise RuntimeError(f"the TPU compiler failed: {message[:500]}")
     units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB}
-    amount, limit = (int(float(found[i]) * units[found[i + 1]]) for i in (1, 3))
+    amount, limit = (int(float(match[i]) * units[match[i + 1]]) for i in (1, 3))
     return amount + (0 if used else arguments), limit
 
 
 def shard_bytes(tree) -> int:
-    """Bytes of one device's share of a tree of abstract arrays."""
+    """Bytes that one device holds of a tree of abstract arrays."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

@@ -1,8 +1,8 @@
-"""Runs a scheduled program on paper: compute cycles in order, collectives beside them where they are asynchronous.
+"""Runs a scheduled program on paper: compute in the order of the schedule, asynchronous collectives beside it.
 
-A `start` hands its transfer to the network, which works on one at a time; the `done` waits for what is left of it, and
-that wait is exposed. A synchronous collective is exposed whole. A transfer that goes on in steps inside fusions ("async
-collective fusion") advances only while those fusions run.
+A `start` hands its transfer to the network, which works on one transfer at a time. The `done` waits for the rest of the
+transfer; this wait is exposed. The whole time of a synchronous collective is exposed. A transfer that advances in steps
+inside fusions ("async collective fusion") advances only while those fusions run.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import dataclasses
 import re
 
 from jaxmllm.plan.chips import Chip
-from jaxmllm.plan.hlo import Module
+from jaxmllm.plan.hlo import Instruction, Module
 from jaxmllm.plan.price import price
-from jaxmllm.plan.traffic import Network, Transfer, part_of
+from jaxmllm.plan.traffic import Network, Transfer, collective_part
 
-WINDOWED = "windowed_dot_general"  # in the names of loops that gather and multiply by parts
+WINDOWED = "windowed_dot_general"  # in the names of loops that gather and multiply in parts
 
 
 @dataclasses.dataclass
-class Open:
-    """A transfer under way: when it ends, and, if it advances inside fusions only, the seconds that are left."""
+class OpenTransfer:
+    """A transfer under way: when it ends and, if it advances only inside fusions, the seconds that are left."""
 
     end: float
     left: float | None
@@ -42,7 +42,7 @@ class Charge:
 
 
 class Timeline:
-    """Charges of a program, in the order of the schedule."""
+    """The charges of a program, in the order of the schedule, and the seconds it takes."""
 
     def __init__(self, module: Module, chip: Chip, network: Network):
         self.module, self.chip, self.network = module, chip, network
@@ -50,56 +50,60 @@ class Timeline:
         self.seconds = self.walk(module.entry, 1, "")
 
     def walk(self, name: str, times: float, scope: str) -> float:
-        """Adds the charges of a computation that runs `times` times; seconds of one run."""
-        now, free, open_ = 0.0, dict.fromkeys(("ici", "dcn"), 0.0), {}
+        """Adds the charges of a computation that runs `times` times. Returns the seconds of one run."""
+        now, free_at, under_way = 0.0, dict.fromkeys(("ici", "dcn"), 0.0), {}
         computation = self.module.computations[name]
-        for each in computation.values():
-            path = self.module.path(each, computation) or scope
-            for body, runs in self.module.calls(each, computation):
+        for instruction in computation.values():
+            path = self.module.path(instruction, computation) or scope
+            for body, runs in self.module.calls(instruction, computation):
                 now += runs * self.walk(body, times * runs, path)
-            if each.opcode in ("while", "call", "conditional"):
+            if instruction.opcode in ("while", "call", "conditional"):
                 continue
-            cost = price(each, self.module, self.chip, WINDOWED in name)
+            cost = price(instruction, self.module, self.chip, WINDOWED in name)
             busy, wait, transfer = cost.cycles / self.chip.clock, 0.0, None
-            part = part_of(each, self.module.inside(each))
+            part = collective_part(instruction, self.module.inside(instruction))
             if part and part.role in ("whole", "start"):
                 transfer = self.network.transfer(part.opcode, part.carrier)
-                networks = [net for net in free if getattr(transfer, net)]
-                end = max([now, *(free[net] for net in networks)]) + transfer.seconds
-                free.update(dict.fromkeys(networks, end))
+                networks = [network for network in free_at if getattr(transfer, network)]
+                end = max([now, *(free_at[network] for network in networks)]) + transfer.seconds
+                free_at.update(dict.fromkeys(networks, end))
                 wait = end - now if part.role == "whole" else 0.0
-                open_[part.key] = Open(end, transfer.seconds if each.opcode == "fusion" else None)
-            elif part and part.key in open_:
-                under_way = open_[part.key]
+                under_way[part.key] = OpenTransfer(end, transfer.seconds if instruction.opcode == "fusion" else None)
+            elif part and part.key in under_way:
+                open_transfer = under_way[part.key]
                 if part.role == "step":
-                    under_way.left = max(0.0, under_way.left - busy)
+                    open_transfer.left = max(0.0, open_transfer.left - busy)
+                elif open_transfer.left is None:
+                    wait = max(0.0, open_transfer.end - now)
                 else:
-                    wait = max(0.0, under_way.end - now) if under_way.left is None else under_way.left
+                    wait = open_transfer.left
             now += busy + wait
             if cost.kind != "free":
-                cycles, size = times * cost.cycles, times * each.bytes
-                charge = Charge(each.name, path, cost.kind, times, cycles, size, cost.model, transfer, times * wait)
-                self.charges.append(charge)
+                cycles, size = times * cost.cycles, times * instruction.bytes
+                self.charges.append(
+                    Charge(instruction.name, path, cost.kind, times, cycles, size, cost.model, transfer, times * wait)
+                )
         return now
 
 
-# Parts of a path that transformations and loops add.
+# The parts of a path that transformations and loops add.
 _WRAPPER = re.compile(
     r"jit\(|jvp\(|transpose\(|vmap\(|shard_map|MLLM|(while|body|cond|closed_call|checkpoint|rematted_computation)$"
 )
 
 
 def scopes(path: str) -> list[str]:
-    """Named scopes of an op_name, without the primitive: "jit(step)/jvp(MLLM)/llm/while/body/attn/add" -> llm, attn."""
+    """The named scopes of an op_name: "jit(step)/jvp(MLLM)/llm/while/body/attn/add" -> llm, attn."""
     parts = path.split("/") if path.startswith("jit(") else [""]
     parts = parts if _WRAPPER.match(parts[-1]) else parts[:-1]
     return [part for part in parts if not _WRAPPER.match(part)]
 
 
-def stage(path: str) -> str:
-    """The stage of the model that an op_name lies in: the first scope, as mllm.py and the train step name them.
+def component(path: str) -> str:
+    """The component of the model that an op_name is in: its first scope, as mllm.py and the train step name them.
 
-    Two parts stand out: `llm_insert`, the visual layers inside the language model, and `head`, the output matmul.
+    Two components are inside others: `llm_insert`, the visual layers in the language model, and `head`, the output
+    matmul.
     """
     names = scopes(path)
     if "insert" in names:
@@ -108,34 +112,41 @@ def stage(path: str) -> str:
 
 
 def phase(path: str) -> str:
-    """forward, recompute (a forward pass repeated for rematerialisation) or backward."""
+    """forward, recompute (a forward pass repeated because of rematerialisation) or backward."""
     if "rematted_computation" in path:
         return "recompute"
     return "backward" if "transpose(" in path else "forward"
 
 
 def saved_bytes(module: Module) -> int:
-    """Bytes that the forward pass leaves for the backward pass: results of forward instructions of the entry
-    computation that backward ones read, the stacked buffers of scanned layers among them."""
+    """Bytes that the forward pass keeps for the backward pass.
+
+    These are results of forward instructions of the entry computation that backward ones read, including the stacked
+    buffers of scanned layers.
+    """
     entry, saved = module.computations[module.entry], {}
 
     def source(name: str, index: int | None) -> tuple[str, int | None]:
-        each = entry[name]
-        if each.opcode == "get-tuple-element":
-            return source(each.operands[0], int(each.called("index")))
-        if each.opcode == "tuple" and index is not None:
-            return source(each.operands[index], None)
-        return (source(each.operands[0], index)) if each.opcode in ("bitcast", "copy") else (name, index)
+        """(instruction that made a value, its index there if it is one element of a tuple)"""
+        instruction = entry[name]
+        if instruction.opcode == "get-tuple-element":
+            return source(instruction.operands[0], int(instruction.attribute("index")))
+        if instruction.opcode == "tuple" and index is not None:
+            return source(instruction.operands[index], None)
+        if instruction.opcode in ("bitcast", "copy"):
+            return source(instruction.operands[0], index)
+        return name, index
 
-    def forward(each) -> bool:
-        return "jvp(" in each.op_name and phase(each.op_name) == "forward" and each.opcode != "parameter"
+    def is_forward(instruction: Instruction) -> bool:
+        path = instruction.op_name
+        return "jvp(" in path and phase(path) == "forward" and instruction.opcode != "parameter"
 
-    for each in entry.values():
-        if phase(each.op_name) != "forward" or "optimizer" in each.op_name:
-            for name in each.operands:
-                packed = entry[name].operands if entry[name].opcode == "tuple" else [name]
-                for origin, index in (source(part, None) for part in packed):
-                    if forward(entry[origin]):
+    for reader in entry.values():
+        if phase(reader.op_name) != "forward" or "optimizer" in reader.op_name:
+            for name in reader.operands:
+                names = entry[name].operands if entry[name].opcode == "tuple" else [name]
+                for origin, index in (source(part, None) for part in names):
+                    if is_forward(entry[origin]):
                         arrays = entry[origin].arrays
                         saved[origin, index] = arrays[index].bytes if index is not None else entry[origin].bytes
     return sum(saved.values())

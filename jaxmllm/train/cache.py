@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a second start need not compile them, and what that saved."""
+"""Compiled programs kept on disk for the next start, and the compile time that this saved."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 import jax
 
-_EVENT = "/jax/compilation_cache/compile_time_saved_sec"  # JAX records it once for a program read from the cache
+_EVENT = "/jax/compilation_cache/compile_time_saved_sec"  # recorded for each program that JAX reads from the cache
 _saved: list[float] = []  # seconds
 
 
 def use_compile_cache(folder: str) -> None:
-    """Keeps programs in `folder`, or in JAX_COMPILATION_CACHE_DIR if that is set."""
+    """Keeps compiled programs in `folder`, or in JAX_COMPILATION_CACHE_DIR if that is set."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -24,5 +24,5 @@ def _count(event: str, seconds: float, **_) -> None:
 
 
 def from_cache() -> str:
-    """Which programs this process did not have to compile, in words; "" if there are none."""
+    """How many programs this process read from the cache, in words; "" if none."""
     return f"{len(_saved)} programs from the cache, {sum(_saved):.0f} s saved" if _saved else ""

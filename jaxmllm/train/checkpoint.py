@@ -1,10 +1,10 @@
-"""Checkpoints with Orbax: training state, data position and config in one step folder, written asynchronously.
+"""Checkpoints with Orbax: training state, data position and config in one folder per step, written asynchronously.
 
     WORKDIR/config.json
     WORKDIR/<stage>/frozen/           the frozen parameters, once per stage
     WORKDIR/<stage>/checkpoints/<step>/{state,data,config}
 
-A step folder appears under its name only when it is complete. It restores onto any mesh and number of processes.
+A step folder gets its name only when it is complete. It can be restored onto any mesh and number of processes.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class StageCheckpoints:
         self.manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
 
     def latest(self) -> int | None:
-        """The newest complete step."""
+        """The newest complete step, None if there is none."""
         return self.manager.latest_step()
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Starts writing; returns once the arrays are copied off the device."""
+        """Starts writing; returns when the arrays have been copied off the device."""
         step = int(jax.device_get(state.step))
         if step == self.latest():
             return
@@ -51,13 +51,13 @@ class StageCheckpoints:
         self.manager.save(step, args=args)
 
     def save_frozen(self, frozen: Params) -> None:
-        """Writes the stage's frozen parameters, unless they are there."""
+        """Writes the stage's frozen parameters unless they are already there."""
         if frozen and not (self.folder / "frozen").exists():
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(self.folder / "frozen", frozen)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, sharded as `abstract` says, and the data position of all shards."""
+        """The newest state, sharded like `abstract`, and the data position of all shards."""
         part = {"step": abstract.step, "trainable": abstract.trainable, "opt_state": abstract.opt_state}
         args = ocp.args.Composite(state=ocp.args.StandardRestore(part), data=ocp.args.JsonRestore())
         found = self.manager.restore(self.latest(), args=args)
@@ -71,7 +71,7 @@ class StageCheckpoints:
             return checkpointer.restore(self.folder / "frozen", abstract)
 
     def restore_params(self, abstract: Params) -> Params:
-        """All parameters after the newest step, trainable and frozen, in the dtypes that `abstract` asks for."""
+        """All parameters after the newest step, trainable and frozen, in the dtypes of `abstract`."""
         frozen_folder = self.folder / "frozen"
         names = set()
         if frozen_folder.exists():
@@ -89,12 +89,12 @@ class StageCheckpoints:
         return frozen | found["trainable"]
 
     def wait(self) -> None:
-        """Returns once all writes under way are complete."""
+        """Returns when all writes are complete."""
         self.manager.wait_until_finished()
 
 
 def gather_json(data: dict[str, Any]) -> dict[str, Any]:
-    """Joins the dicts of all processes; every process gets the whole."""
+    """Joins the dicts of all processes; each process gets the whole."""
     if jax.process_count() == 1:
         return data
     text = np.frombuffer(json.dumps(data).encode(), np.uint8)
@@ -104,9 +104,9 @@ def gather_json(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def abstract_on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Shapes traced under a mesh (`jax.eval_shape`) -> shapes with shardings on its real devices."""
+    """Shapes traced under a mesh (`jax.eval_shape`) -> shapes with shardings on the mesh's devices."""
 
-    def place(x):  # counters made inside the program carry no sharding: they are replicated
+    def place(x):  # counters made inside the program have no sharding: they are replicated
         spec = x.sharding.spec if x.sharding else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 

@@ -1,37 +1,37 @@
-"""Options of the compiler, one reason each. The step is compiled with them, and in a plan for a TPU too."""
+"""Compiler options, with a reason for each. Training steps and plans are compiled with them."""
 
 from __future__ import annotations
 
 import jax
 
-COMMON = {  # TPUs
-    # Larger fusions: the default budget of on-chip memory splits the epilogues of big matmuls.
+COMMON = {  # for all TPUs
+    # Larger fusions: the default budget of on-chip memory splits the epilogues of large matmuls.
     "xla_tpu_scoped_vmem_limit_kib": "98304",
-    # Never turn an all-gather and its matmul into a loop of partial matmuls: the parts are too small to be efficient.
+    # Never turn an all-gather and its matmul into a loop of partial matmuls, which are too small to be efficient.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    # A real all-gather that runs beside other work, not an all-reduce of zero-padded shards that stops everything.
+    # A real all-gather, which runs beside other work, not an all-reduce of zero-padded shards, which blocks all work.
     "xla_enable_async_all_gather": "true",
     "xla_tpu_prefer_async_allgather_to_allreduce": "true",
 }
-# Chips with SparseCores that move data: collectives run there, the matrix units go on.
+# For chips whose SparseCores can move data: collectives run there while the matrix units go on.
 OFFLOAD = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
-    # Without this one a reduce-scatter, even one asked for, becomes an all-reduce and a slice: twice the bytes.
+    # Without this, even an explicit reduce-scatter becomes an all-reduce and a slice, which moves twice the bytes.
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_tpu_enable_all_gather_offload_tracing": "true",
 }
-# The others: an all-gather goes on in steps inside the matmuls that run meanwhile.
+# For the other chips: an all-gather advances in steps inside the matmuls that run at the same time.
 FUSE = {
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
-# By default YNNPACK also gets products that nothing is fused with: XLA's own are faster, the toy step by a tenth.
+# By default YNNPACK also computes products that nothing is fused with. XLA's own are faster: the toy step by a tenth.
 CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 BY_KIND = {
     "TPU v4": COMMON | FUSE,

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, WORKDIR/metrics.jsonl and TensorBoard."""
+"""What a run reports: a progress line, WORKDIR/metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from tensorboardX import SummaryWriter
 
 from jaxmllm.train.cache import from_cache
 
-STARTED = time.perf_counter()  # about when the process did
+STARTED = time.perf_counter()  # about when the process started
 
 
 class Reporter:
-    """Collects the steps of one stage; only the `active` process writes. parts: of the rows, one of which is its own.
+    """Reports the steps of one stage. Only the `active` process writes. parts: the rows of a batch are read in that
+    many parts, one of them by this process.
 
-    A step's line: loss, milliseconds per step, tokens and images per second (of the whole run), share of the time
-    spent waiting for data, time left.
+    The line of a step: losses, milliseconds per step, tokens and images per second (of the whole run), share of the
+    time spent waiting for data, time left.
     """
 
     def __init__(self, workdir: str, stage: str, steps: int, active: bool, parts: int):
         self.stage, self.steps, self.active, self.parts = stage, steps, active, parts
         self.terminal = sys.stderr.isatty()
-        self.last: int | None = None  # step that was written last
+        self.last: int | None = None  # the last step that was written
         self.window_start = time.perf_counter()
         self.window = dict.fromkeys(("steps", "tokens", "images", "wait"), 0.0)
         if active:
@@ -34,13 +35,13 @@ class Reporter:
             self.board = SummaryWriter(str(Path(workdir) / "tensorboard" / stage), flush_secs=10)
 
     def first_step(self) -> None:
-        """The first step is dispatched: everything is compiled, and the speed is measured from here on."""
+        """To be called when the first step is dispatched: all is compiled, and speed is measured from here on."""
         self.window_start = time.perf_counter()
         cached = from_cache()
         self.say(f"first step after {self.window_start - STARTED:.1f} s" + f" ({cached})" * bool(cached))
 
     def count(self, info: dict[str, Any], wait: float) -> None:
-        """One dispatched step: what the loader says of this process's rows, seconds waited for them."""
+        """Counts a dispatched step: what the loader says about this process's rows, and the seconds waited for them."""
         counted = {
             "steps": 1,
             "tokens": self.parts * info["tokens"],
@@ -51,7 +52,7 @@ class Reporter:
             self.window[key] += value
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of `step`, and the speed since the last call."""
+        """Writes the metrics of `step` and the speed since the last call."""
         now = time.perf_counter()
         seconds, n = max(now - self.window_start, 1e-9), max(self.window["steps"], 1)
         speed = {
@@ -80,7 +81,7 @@ class Reporter:
         )
 
     def say(self, line: str, replace: bool = False) -> None:
-        """A line to the terminal; with `replace`, the next one overwrites it."""
+        """Prints a line to stderr; with `replace`, on a terminal, the next line overwrites it."""
         if self.active:
             end = "\r" if replace and self.terminal else "\n"
             if self.terminal:
@@ -88,7 +89,7 @@ class Reporter:
             print(line, end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Ends the progress line and the files."""
+        """Ends the progress line and closes the files."""
         if self.active:
             if self.terminal:
                 print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The training state: plain dicts of arrays keyed by parameter path ("llm/blocks/layers/block/mlp/up/kernel")."""
+"""The training state: flat dicts of arrays by parameter path ("llm/blocks/layers/block/mlp/up/kernel")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Params = dict[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """Gradients, norm, clipping and optimizer see only `trainable`; `frozen` leaves are in the compute dtype."""
+    """Gradients, norm, clipping and optimizer see only `trainable`. `frozen` arrays are in the compute dtype."""
 
     step: jax.Array  # int32 scalar
     trainable: Params
@@ -30,12 +30,15 @@ def flatten(tree: Mapping) -> Params:
 
 
 def unflatten(params: Params) -> dict:
-    """The inverse of `flatten`: the nested dict that `apply` takes."""
+    """The inverse of `flatten`: the nested dict that Linen's `apply` takes."""
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def match_rules(rules: tuple[Rule, ...], paths: list[str]) -> dict[str, Rule]:
-    """Each path's first matching rule. Raises ConfigError if a path has none or a rule matches nothing."""
+    """The first rule that matches each path.
+
+    Raises ConfigError if no rule matches a path, or a rule decides nothing.
+    """
     table, used = {}, set()
     for path in paths:
         for rule in rules:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmllm import mesh
+from jaxmllm import sharded
 from jaxmllm.batch import Batch
 from jaxmllm.train.state import TrainState, unflatten
 
@@ -17,7 +17,7 @@ def make_step(model, losses: dict[str, float], tx: optax.GradientTransformation,
     """-> step(state, batch) -> (state, metrics of float32 scalars).
 
     The loss is the sum over objectives of weight * (sum of masked values) / (count in the whole global batch, over all
-    micro-batches), so neither packing nor accumulation nor the number of devices changes what a token weighs.
+    micro-batches), so a token has the same weight whatever the packing, accumulation and number of devices.
     """
     names = tuple(losses)
 
@@ -42,7 +42,7 @@ def make_step(model, losses: dict[str, float], tx: optax.GradientTransformation,
         if accumulate == 1:
             (grads, metrics), _ = add(total, batch)
         else:
-            parts = jax.tree.map(lambda x: mesh.split_rows(x, accumulate), batch)
+            parts = jax.tree.map(lambda x: sharded.split_rows(x, accumulate), batch)
             (grads, metrics), _ = jax.lax.scan(add, total, parts)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.trainable)

@@ -10,21 +10,21 @@ from jax.experimental import multihost_utils
 
 
 class Stopped(Exception):
-    """The run was told to stop (SIGTERM, SIGINT) and has saved its state."""
+    """The run was told to stop by SIGTERM or SIGINT, and has saved its state."""
 
 
 class StopSignal:
     """While entered, SIGTERM and SIGINT ask for a stop instead of killing the process.
 
-    It covers the whole run, so a signal that comes while a program compiles is answered after the next step. With
-    several processes, one that is told to stop makes all of them stop at the same step.
+    It is entered for the whole run, so a signal during a compilation is answered after the next step. If one of several
+    processes is told to stop, all of them stop at the same step.
     """
 
     def __init__(self):
         self.told = False
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; every process must ask at every step."""
+        """Whether to stop after `step`; each process must ask at each step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.told
@@ -36,7 +36,7 @@ class StopSignal:
 
     def _tell(self, *_) -> None:
         if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on to the others
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX passes it on to the other processes
         else:
             self.told = True
 

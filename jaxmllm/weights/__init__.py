@@ -1,1 +1,1 @@
-"""Weights of other frameworks: tables of names (tables), both directions (convert), files (safetensors)."""
+"""Weights of other frameworks: which key is which parameter (key_maps), conversion both ways (convert), and files."""

@@ -1,7 +1,7 @@
-"""PyTorch checkpoints (.pth, .bin), both the old stream and the zip, read without torch.
+"""Reads PyTorch checkpoints (.pth, .bin), the old stream and the zip, without torch.
 
-They are pickles, which may name any function to be called. Here only the names in `_Reader` can be reached, and none
-of them does more than build a dictionary or a view of bytes in the file.
+They are pickles, and a pickle may call any function by name. Here only the names in `_Reader` can be reached, and each
+of them only builds a dictionary or a view of bytes in the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-MAGIC = 0x1950A86A20F9469CFC6C  # of the stream that torch wrote before version 1.6
+MAGIC = 0x1950A86A20F9469CFC6C  # starts the stream that torch wrote before version 1.6
 STORAGES = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
@@ -27,7 +27,7 @@ STORAGES = {
 
 
 class Storage:
-    """A run of numbers whose bytes may come later in the file."""
+    """A sequence of numbers whose bytes may come later in the file."""
 
     def __init__(self, dtype: type, count: int):
         self.dtype, self.count, self.data = np.dtype(dtype), count, None
@@ -38,24 +38,24 @@ class Storage:
 
 
 class Tensor:
-    """A view of a storage: torch._utils._rebuild_tensor_v2 (which has more arguments, about gradients)."""
+    """A view of a storage; stands for torch._utils._rebuild_tensor_v2, whose further arguments are about gradients."""
 
     def __init__(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any):
         self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
 
     def array(self) -> np.ndarray:
-        """A copy. Raises ValueError if the view leaves its storage."""
+        """Copies the view. Raises ValueError if it reaches beyond its storage."""
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
         count, held = math.prod(self.size), self.storage.count
         if min(self.offset, 0, *self.size, *self.stride) < 0 or count > held or (count and last >= held):
-            raise ValueError(f"a tensor of shape {self.size} leaves its storage of {held} numbers")
+            raise ValueError(f"a tensor of shape {self.size} reaches beyond its storage of {held} numbers")
         data = self.storage.data[self.offset :]
         steps = [step * data.itemsize for step in self.stride]
         return np.lib.stride_tricks.as_strided(data, self.size, steps).copy()
 
 
 class _Reader(pickle.Unpickler):
-    """Reaches nothing but dictionaries, tensors and storages."""
+    """An unpickler that can only make dictionaries, tensors and storages."""
 
     def __init__(self, file: BinaryIO, storage: Callable[[type, str, int], Storage]):
         super().__init__(file, encoding="utf-8")
@@ -70,7 +70,7 @@ class _Reader(pickle.Unpickler):
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         }
         if f"{module}.{name}" not in known:
-            raise ValueError(f"it wants {module}.{name}, which is not allowed in a file of weights")
+            raise ValueError(f"it calls {module}.{name}, which is not allowed in a file of weights")
         return known[f"{module}.{name}"]
 
     def persistent_load(self, pid: tuple) -> Storage:
@@ -79,9 +79,9 @@ class _Reader(pickle.Unpickler):
 
 
 def open_pickled(path: str | Path) -> dict[str, np.ndarray]:
-    """The state dict in a file that torch.save wrote; also if it stands under "state_dict" or "model".
+    """Reads the state dict in a file that torch.save wrote, also from under a key "state_dict" or "model".
 
-    Raises ValueError, in one line, for a damaged file, and for one that names anything but tensors.
+    Raises ValueError, in one line, for a damaged file and for one that calls any other function.
     """
     try:
         with open(path, "rb") as file:
@@ -95,7 +95,7 @@ def open_pickled(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _stream(file: BinaryIO) -> dict[str, Any]:
-    """Magic number, protocol, machine, state dict, keys of the storages; then each storage's count and bytes."""
+    """Reads magic number, protocol, machine, state dict, keys of the storages; then each storage's count and bytes."""
     file.seek(0)
     storages: dict[str, Storage] = {}
 
@@ -104,17 +104,17 @@ def _stream(file: BinaryIO) -> dict[str, Any]:
 
     magic, _, _, found, keys = (_Reader(file, storage).load() for _ in range(5))
     if magic != MAGIC:
-        raise ValueError("it is no PyTorch checkpoint")
+        raise ValueError("it is not a PyTorch checkpoint")
     for key in keys:
         one = storages[key]
         if int.from_bytes(file.read(8), "little") != one.count:
-            raise ValueError(f"storage {key} does not have the {one.count} numbers it should")
+            raise ValueError(f"storage {key} does not have the {one.count} numbers that it should have")
         one.fill(file.read(one.count * one.dtype.itemsize))
     return found
 
 
 def _zip(file: BinaryIO) -> dict[str, Any]:
-    """NAME/data.pkl and, storage by storage, NAME/data/KEY."""
+    """Reads NAME/data.pkl and, for each storage, NAME/data/KEY."""
     with zipfile.ZipFile(file) as archive:
         (main,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         storages: dict[str, Storage] = {}

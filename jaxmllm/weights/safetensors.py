@@ -1,6 +1,7 @@
-"""Hugging Face folders of safetensors files, read by name and only when asked for, without torch.
+"""Reads and writes Hugging Face folders of safetensors files, without torch.
 
-Only this format is read: it holds arrays and nothing that could run. bfloat16 comes as ml_dtypes.bfloat16.
+The format holds arrays and nothing that could be executed. A tensor is read when it is looked up; bfloat16 is read as
+ml_dtypes.bfloat16.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Folder(Mapping[str, np.ndarray]):
-    """Tensor name -> array, read from disk at each access."""
+    """A mapping from tensor name to array that reads from disk at each access."""
 
     def __init__(self, files: Mapping[str, Path]):
         """files: tensor name -> the file that holds it."""
         self._files = dict(files)
         self._open = {path: _open(path) for path in set(self._files.values())}
-        there = {path: set(file.keys()) for path, file in self._open.items()}
+        stored = {path: set(file.keys()) for path, file in self._open.items()}
         for name, path in self._files.items():
-            if name not in there[path]:
-                raise ValueError(f"{path} has no tensor {name!r}, which {INDEX} says is there")
+            if name not in stored[path]:
+                raise ValueError(f"{path} has no tensor {name!r}, although {INDEX} lists it")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._open[self._files[name]].get_tensor(name)
@@ -39,17 +40,17 @@ class Folder(Mapping[str, np.ndarray]):
 
 
 def open_folder(path: str | Path) -> Folder:
-    """The tensors of a folder (one file, or shards with an index) or of one file.
+    """Opens the tensors of one file or of a folder (one file, or shards with an index).
 
-    Raises ValueError, in one line, if there is nothing to read or a file is damaged or missing.
+    Raises ValueError, in one line, if there is nothing to read, or if a file is damaged or missing.
     """
     path = Path(path)
     if (path / INDEX).is_file():
         shards = json.loads((path / INDEX).read_text())["weight_map"]
         return Folder({name: path / file for name, file in shards.items()})
-    file = path / ONE if path.is_dir() else path
+    file = path / SINGLE if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"no safetensors in {path}: neither {INDEX} nor {ONE} is there")
+        raise ValueError(f"no safetensors in {path}: neither {INDEX} nor {SINGLE} is there")
     names = _open(file).keys()
     return Folder(dict.fromkeys(names, file))
 
@@ -62,7 +63,7 @@ def _open(path: Path):
 
 
 def write_folder(path: str | Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = 5 * 10**9) -> None:
-    """Writes a folder that `open_folder` and transformers read; several files if more than `shard_bytes`."""
+    """Writes a folder that `open_folder` and transformers can read, in files of up to `shard_bytes` (or one tensor)."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
@@ -73,7 +74,7 @@ def write_folder(path: str | Path, tensors: Mapping[str, np.ndarray], shard_byte
         shards[-1][name] = array
         size += array.nbytes
     if len(shards) == 1:
-        names = [ONE]
+        names = [SINGLE]
     else:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
@@ -82,4 +83,4 @@ def write_folder(path: str | Path, tensors: Mapping[str, np.ndarray], shard_byte
         (path / INDEX).write_text(json.dumps(index, indent=1))
     for file, shard in zip(names, shards):
         contiguous = {name: np.array(array, order="C", copy=None) for name, array in shard.items()}
-        save_file(contiguous, path / file, metadata={"format": "pt"})  # transformers wants the mark
+        save_file(contiguous, path / file, metadata={"format": "pt"})  # transformers requires this mark

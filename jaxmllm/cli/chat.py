@@ -1,0 +1,37 @@
+"""`jaxmllm chat`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jaxmllm.cli import common
+
+
+def add(commands) -> None:
+    parser = common.add_command(commands, "chat", run, "talk to a checkpoint about a picture")
+    parser.add_argument("workdir")
+    parser.add_argument("--image", help="picture file")
+    parser.add_argument("--prompt", help="the only question (default: read questions until end of input)")
+    common.add_overrides(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers one question, or holds a conversation until end of input."""
+    from jaxmllm.train.cache import use_compile_cache
+
+    use_compile_cache(f"{args.workdir}/xla_cache")
+    from jaxmllm.eval.model import Conversation, Model
+
+    if args.image and not Path(args.image).is_file():
+        raise FileNotFoundError(f"no picture {args.image!r}")
+    conversation = Conversation(Model(args.workdir, overrides=args.overrides), args.image)
+    while True:
+        try:
+            prompt = args.prompt or input("you: ")
+        except EOFError:
+            print()
+            return
+        print(f"model: {conversation.reply(prompt)}")
+        if args.prompt:
+            return

@@ -1,0 +1,69 @@
+"""What several commands share: arguments, the config that they name, JSON files, and the progress of a long job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxmllm.config import Run
+
+
+def add_command(commands, name: str, run: Callable[[argparse.Namespace], int | None], text: str):
+    """Adds a command to the subparsers `commands`; returns its parser. run(args) returns the exit code; None is 0."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="FILE.py[:variant]")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="a.b=c",
+        help="override fields of the config",
+    )
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--distributed", action="store_true", help="join the other hosts of a pod slice")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
+
+
+def add_image_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image-root", help="folder of the pictures (default: that of the source)")
+
+
+def load_run(args: argparse.Namespace) -> Run:
+    """The config that the arguments name, with their overrides."""
+    from jaxmllm import config
+
+    return config.override(config.load(args.config), args.overrides)
+
+
+def write_json(path: str | Path, figures: dict[str, Any]) -> None:
+    """Writes figures as indented JSON."""
+    Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def counter(what: str) -> Callable[[int, int], None] | None:
+    """progress(done, total) that shows a long job as one line that counts; None if stdout is not a terminal."""
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{done}/{total} {what}", end="\n" if done == total else "", flush=True)
+
+    return show if sys.stdout.isatty() else None

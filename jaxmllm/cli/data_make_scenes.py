@@ -1,0 +1,24 @@
+"""`jaxmllm data make-scenes`"""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxmllm.cli import common
+
+DEFAULTS = {"train": 20000, "heldout": 1500, "nouns": 16, "size": 96, "seed": 0}
+
+
+def add(commands) -> None:
+    parser = common.add_command(commands, "make-scenes", run, "write the data set of composed sprites")
+    parser.add_argument("out")
+    for name, default in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes composed scenes."""
+    from jaxmllm.scenes.files import make_scenes
+
+    options = {name: getattr(args, name) for name in DEFAULTS}
+    print(f"scenes are in {make_scenes(args.out, progress=common.counter('scenes'), **options)}")

@@ -1,0 +1,26 @@
+"""`jaxmllm data stats`"""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxmllm.cli import common
+
+
+def add(commands) -> None:
+    parser = common.add_command(commands, "stats", run, "lengths and packing of a config's data sets")
+    common.add_config(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints lengths and packing of every source of a config."""
+    from jaxmllm import config
+    from jaxmllm.data.build import sample_spec
+    from jaxmllm.data.check import show_stats, stats
+    from jaxmllm.data.sources.open import open_source
+
+    recipe = config.load(args.config)
+    sources = {source.path: source for stage in recipe.stages for source in stage.sources}
+    for path, source in sources.items():
+        found = stats(open_source(path, source.image_root), sample_spec(recipe), progress=common.counter("records"))
+        print(f"{path}: {show_stats(found)}")

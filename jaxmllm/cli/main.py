@@ -1,0 +1,53 @@
+"""Entry point of the command line.
+
+Exit codes: 0 success, 1 a failed run, 2 a request that cannot be met; one line says what is wrong and how to mend it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from jaxmllm.cli import bench, chat, data_check, data_convert, data_make_scenes, data_stats, eval, plan, train
+from jaxmllm.processes import keep_freed_memory
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA; the commands import it when they run
+
+COMMANDS = (train, eval, chat, plan, bench)
+DATA_COMMANDS = (data_make_scenes, data_check, data_stats, data_convert)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command (by default that of sys.argv) and returns the exit code."""
+    args = parser().parse_args(argv)
+    keep_freed_memory()
+    try:
+        return args.run(args) or 0
+    except (ValueError, FileNotFoundError, FileExistsError) as error:  # ConfigError is a ValueError
+        return fail(error, 2)
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        if os.environ.get("JAXMLLM_TRACEBACK"):
+            raise
+        return fail(error, 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser("jaxmllm", description="Train, query and measure multimodal language models.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add(commands)
+    text = "make, check and convert data sets"
+    data = commands.add_parser("data", help=text, description=text)
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    for module in DATA_COMMANDS:
+        module.add(data_commands)
+    return top
+
+
+def fail(error: Exception, code: int) -> int:
+    """Prints an error as one line and returns `code`."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"jaxmllm: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,107 @@
+"""Records in ArrayRecord shards, with their pictures and maps inside: written once, then read in any order."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxmllm.data.sources.record import BadSample, Blob, Record, RecordSource
+
+
+class ArrayRecordSource:
+    """Shards that `convert` wrote, in the order of their names: a folder, or a glob pattern of files.
+
+    A record is the length of its header (4 bytes, little-endian), the header as JSON {"id", "data", "blobs":
+    [[field, path, size], ...]}, then the blobs: pictures (field "image") and target maps. Raises ValueError for missing
+    shards.
+    """
+
+    def __init__(self, path: str):
+        self.path = str(path)
+        is_folder = os.path.isdir(self.path)
+        self.files = sorted(glob.glob(glob.escape(self.path) + "/*.array_record*" if is_folder else self.path))
+        if not self.files:
+            raise ValueError(f"no ArrayRecord shards at {self.path}")
+        named = re.search(r"-of-(\d+)", self.files[0])
+        if named and int(named[1]) != len(self.files):
+            raise ValueError(f"{self.path} has {len(self.files)} shards, but their names say {int(named[1])}")
+        self.count = len(self.records)  # opens every shard, so that a broken one is reported before training starts
+
+    @functools.cached_property
+    def records(self) -> Any:
+        """The shards, opened."""
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        return ArrayRecordDataSource(self.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "records"}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        content = memoryview(self.records[index])
+        start = 4 + struct.unpack("<I", content[:4])[0]
+        header = json.loads(bytes(content[4:start]))
+        images, maps = [], {}
+        for field, path, size in header["blobs"]:
+            blob = Blob(path, content[start : start + size].tobytes)
+            start += size
+            if field == "image":
+                images.append(blob)
+            else:
+                maps[field] = blob
+        return Record(header["id"], self.path, header["data"], images, maps)
+
+
+def convert(
+    source: RecordSource, out_dir: str, shards: int, progress: Callable[[int, int], None] | None = None
+) -> list[BadSample]:
+    """Writes a source as ArrayRecord files part-00000-of-00004.array_record, in the order of its records.
+
+    The folder is written under another name and renamed at the end, so it is either complete or absent. progress(done,
+    total) is called after each record. Returns the records that were left out because one of their files could not be
+    read. Raises ValueError if `out_dir` is a folder that is not empty, or if there are fewer records than shards.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    target = Path(out_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out_dir} is not an empty folder; remove it or choose another")
+    if not 1 <= shards <= len(source):
+        raise ValueError(f"shards must be 1 to {len(source)}, the number of records, not {shards}")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    bad, ends = [], [len(source) * (shard + 1) // shards for shard in range(shards)]
+    for shard, end in enumerate(ends):
+        file = partial / f"part-{shard:05d}-of-{shards:05d}.array_record"
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for index in range(ends[shard - 1] if shard else 0, end):
+            try:
+                writer.write(packed(source[index]))
+            except BadSample as error:
+                bad.append(error)
+            if progress:
+                progress(index + 1, len(source))
+        writer.close()
+    partial.replace(target)
+    return bad
+
+
+def packed(record: Record) -> bytes:
+    """A record with its files, in the format of ArrayRecordSource."""
+    blobs = [("image", blob) for blob in record.images] + list(record.maps.items())
+    contents = [record.read(blob) for _, blob in blobs]
+    table = [(field, blob.path, len(content)) for (field, blob), content in zip(blobs, contents)]
+    header = json.dumps({"id": record.id, "data": record.data, "blobs": table}, ensure_ascii=False).encode()
+    return b"".join([struct.pack("<I", len(header)), header, *contents])

@@ -1,0 +1,66 @@
+"""Records of a TensorFlow Datasets folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from jaxmllm.data.sources.record import Blob, Record
+
+
+class TfdsSource:
+    """A TFDS folder in ArrayRecord format, read without TensorFlow.
+
+    Features: `image` if there are pictures, and either `conversations` (a Sequence of {"from", "value"}) or `question`
+    and `answer`; `id` if there are ids. Raises ValueError for any other folder and for an unknown split.
+    """
+
+    def __init__(self, folder: str, split: str = "train"):
+        self.path, self.split = str(folder), split
+        if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
+            raise ValueError(f"{folder} is not a TFDS folder: it has no dataset_info.json")
+        splits, features = self.builder.info.splits, set(self.builder.info.features)
+        if split not in splits:
+            raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+        if not features & {"conversations", "question"}:
+            raise ValueError(f"{folder} has neither `conversations` nor `question`, but {', '.join(features)}")
+
+    @functools.cached_property
+    def builder(self) -> Any:
+        """TFDS's description of the folder."""
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self.path)
+
+    @functools.cached_property
+    def records(self) -> Any:
+        """The split, opened."""
+        import tensorflow_datasets as tfds
+
+        # Pictures stay encoded: data/images.py decodes them, for all sources alike.
+        encoded = {"image": tfds.decode.SkipDecoding()} if "image" in self.builder.info.features else None
+        return self.builder.as_data_source(self.split, decoders=encoded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("builder", "records")}
+
+    def __len__(self) -> int:
+        return self.builder.info.splits[self.split].num_examples
+
+    def __getitem__(self, index: int) -> Record:
+        example = self.records[index]
+        marker = "<image>\n" if "image" in example else ""
+        if "conversations" in example:
+            turns = list(zip(*(map(as_text, example["conversations"][key]) for key in ("from", "value"))))
+        else:
+            turns = [("human", marker + as_text(example["question"])), ("gpt", as_text(example["answer"]))]
+        id = as_text(example.get("id", index))
+        data = {"id": id, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+        images = [Blob(f"{self.path}[{index}]", lambda: example["image"])] if marker else []
+        return Record(id, self.path, data, images, {})
+
+
+def as_text(value: Any) -> str:
+    """A value of a TFDS example as a string; its strings are bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)

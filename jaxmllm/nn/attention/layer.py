@@ -1,0 +1,96 @@
+"""Multi-head attention layers."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxmllm import sharded
+from jaxmllm.nn.attention.choose import dot_product_attention
+from jaxmllm.nn.attention.plain import shard_kv
+from jaxmllm.nn.primitives import Init, Linear
+from jaxmllm.nn.rope import line_angles, rotate
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: x [B, S, H] -> (y [B, S, H], cache).
+
+    heads: query heads, a multiple of kv_heads (grouped-query attention). rope_theta: base of rotary positions; None: no
+    positions. key_bias=False: keys have no bias even if queries and values have one (DINOv3).
+    positions int32[B, S]; segments int32[B, S], or a pair of those of queries and keys. angles float32[1, S, D/2]:
+    rotations to use instead of those of the positions. cache: None, or {"k", "v": [B, T, K, D], "segments":
+    int32[B, T]}, which is written from slot `cache_index` on; the queries then attend to all slots written so far.
+    """
+
+    heads: int
+    head_dim: int
+    kv_heads: int | None = None
+    causal: bool = False
+    use_bias: bool = True
+    out_bias: bool = True
+    key_bias: bool = True
+    rope_theta: float | None = None
+    kernel_init: Init | None = None
+
+    @nn.compact
+    def __call__(self, x, positions=None, segments=None, cache=None, cache_index=0, angles=None):
+        kv = self.kv_heads or self.heads
+        common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
+        key = common | dict(use_bias=self.use_bias and self.key_bias)
+        q = Linear((kv, self.heads // kv, self.head_dim), out_axes=("heads", None, None), name="q", **common)(x)
+        k = Linear((kv, self.head_dim), out_axes=("heads", None), name="k", **key)(x)
+        v = Linear((kv, self.head_dim), out_axes=("heads", None), name="v", **common)(x)
+        if self.rope_theta is not None:
+            angles = line_angles(positions, self.head_dim, self.rope_theta)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
+        if cache is not None:
+            new = {"k": shard_kv(k), "v": shard_kv(v), "segments": sharded.shard(kv_segments, "batch", None)}
+            cache = {
+                name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), cache_index, 1)
+                for name, x in new.items()
+            }
+            k, v, kv_segments = cache["k"], cache["v"], cache["segments"]
+        offset = 0 if cache is None else cache_index
+        with jax.named_scope("causal" if self.causal else "full"):  # a plan counts half the FLOPs of a causal one
+            y = dot_product_attention(
+                q, k, v, causal=self.causal, q_segments=q_segments, kv_segments=kv_segments, q_offset=offset
+            )
+        out = Linear(
+            (x.shape[-1],),
+            in_axes=("heads", None, None),
+            out_axes=("embed",),
+            use_bias=self.out_bias,
+            kernel_init=self.kernel_init,
+            name="out",
+        )
+        return checkpoint_name(out(y), "projection"), cache
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x [B, S, C] to keys [B, T, width] -> [B, S, C]; mask bool[B, T]: the keys that are
+    seen.
+
+    It has no causality and no positions. Each row must have a key that is seen, else its result is undefined.
+    """
+
+    heads: int
+    head_dim: int
+    use_bias: bool = True
+    kernel_init: Init | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
+        q = Linear((self.heads, 1, self.head_dim), out_axes=("heads", None, None), name="q", **common)(x)
+        k = Linear((self.heads, self.head_dim), out_axes=("heads", None), name="k", **common)(keys)
+        v = Linear((self.heads, self.head_dim), out_axes=("heads", None), name="v", **common)(keys)
+        segments = None
+        if mask is not None:
+            segments = sharded.shard(jnp.ones(x.shape[:2], jnp.int32), "batch", None), mask.astype(jnp.int32)
+        y = dot_product_attention(q, k, v, q_segments=segments and segments[0], kv_segments=segments and segments[1])
+        out_axes = ("heads", None, None)
+        return Linear((x.shape[-1],), out_axes, ("embed",), name="out", **common)(y)
