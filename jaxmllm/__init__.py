@@ -2,17 +2,18 @@
 
     image -> encoder taps -> fuser -> aggregator -> language model -> objectives
 
-    config.py    the fields of a config        batch.py         structs that the stages exchange
+    config.py    the fields of a config        batch.py         structs that the parts exchange
     mllm.py      the whole model on one page   mesh.py          mesh axes and sharding rules
     sharded.py   operations on split arrays    host_batches.py  numpy batches -> arrays on all devices
     processes.py joins processes, sets malloc  bench.py         times real steps
     data/        disk -> Batch                 encoders/        picture -> taps
     fusers/      taps -> one map               aggregators/     maps -> visual tokens
     llms/        tokens -> hidden states       objectives/      hidden states -> losses
-    nn/          parts that the stages share   train/           batches -> next state
+    nn/          layers that the parts share   train/           batches -> next state
     weights/     Hugging Face in and out       eval/            a trained state -> answers and scores
     plan/        a config on a TPU slice       scenes/          a data set of composed sprites
     cli/         the command line              jax_internals.py what is read of JAX's jaxprs
 
-Stages never import one another; only mllm.py joins them. Neither train/ nor nn/ imports a stage.
+The parts of the model (data/ to objectives/) never import one another; only mllm.py joins them. Neither train/ nor
+nn/ imports a part.
 """

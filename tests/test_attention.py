@@ -58,8 +58,9 @@ def test_splash_equals_plain(monkeypatch, s, segments, causal):
         assert_equals_plain(splash_attention, s, segments, causal, True)
 
 
-# Block, chunk, length, segments, causal. First case: the second row is one sample. Second case: blocks of uneven chunks;
-# the last queries see part of a block before one they see whole. Last two cases: neither segments nor padding.
+# Block, chunk, length, segments, causal. First case: the second row is one sample. Second case: the chunks of a block
+# differ in size, and the last queries see part of a block before one that they see whole. Last two cases: neither
+# segments nor padding.
 CASES = [
     (256, 128, 640, [[1] * 300 + [2] * 250 + [0] * 90, [1] * 640], True),
     (384, 256, 1152, [[1] * 100 + [2] * 1052, [1] * 1152], True),
@@ -87,8 +88,8 @@ def test_flash_reads_nothing_before_it_is_written(monkeypatch):
         assert_equals_plain(flash_attention, 200, SEGMENTS, True, simulation)
 
 
-def test_flash_with_other_keys_in_bfloat16(monkeypatch):
-    """300 queries, 500 keys of which 450 may be seen, one head; against the same numbers in float32."""
+def test_flash_in_bfloat16_equals_plain_in_float32_for_fewer_queries_than_keys(monkeypatch):
+    """300 queries, 500 keys of which 450 may be seen, one head."""
     monkeypatch.setattr(heads, "MAX_BLOCK", 256)
     rng = np.random.default_rng(0)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
@@ -103,7 +104,7 @@ def test_flash_with_other_keys_in_bfloat16(monkeypatch):
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=4e-3)
 
 
-def test_choice_depends_on_on_chip_memory(monkeypatch):
+def test_flash_is_chosen_if_the_keys_fit_on_the_chip(monkeypatch):
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         q, k, *_ = example(640, None, jnp.bfloat16)
         monkeypatch.setattr(compiler, "platform", lambda: "tpu")
@@ -115,20 +116,23 @@ def test_choice_depends_on_on_chip_memory(monkeypatch):
         assert choose_kernel(q, k, True, 0) == "splash"
 
 
-def test_bounds_of_blocks():
-    """Six keys in blocks of two; samples of three, two and one (padding) tokens."""
+def test_block_bounds_name_the_blocks_of_keys_that_queries_see():
+    """Six keys in blocks of two; samples of three and two tokens, and one token of padding."""
     ids = jnp.array([[1, 1, 1, 2, 2, 0]])
-    fields = lambda *x: block_bounds(tpu_flash_kernels.Blocks(2, 2, True), *x).reshape(-1, tpu_flash_kernels.FIELDS).tolist()
-    # The first block of queries needs a mask for itself. The second sees the first and itself. The third, of segments 2
-    # and 0, sees both before it, since the range of segments is compared.
+    fields = lambda *x: (
+        block_bounds(tpu_flash_kernels.Blocks(2, 2, True), *x).reshape(-1, tpu_flash_kernels.FIELDS).tolist()
+    )
+    # The first block of queries sees itself, with a mask. The second sees the first and itself. The third, of segments
+    # 2 and 0, sees both before it, since only the ranges of segments are compared.
     assert fields((1, 6, 6), (ids, ids), 0) == [[0, 0, 0, 1, 0], [0, 0, 0, 2, 2], [0, 0, 0, 3, 4]]
-    assert fields((1, 2, 6), None, 4) == [[0, 0, 2, 3, 4]]  # the last part of a row: two whole blocks, then its own
+    # The last part of a row sees two blocks without a mask, then its own.
+    assert fields((1, 2, 6), None, 4) == [[0, 0, 2, 3, 4]]
     ids = jnp.array([[1, 2, 2, 2, 2, 2]])
-    assert fields((1, 6, 6), (ids, ids), 0)[2] == [0, 1, 2, 3, 4]  # part of the first, all of the second
+    assert fields((1, 6, 6), (ids, ids), 0)[2] == [0, 1, 2, 3, 4]  # part of the first block, all of the second
 
 
 def heads_and_rows_split() -> None:
-    """On four devices: heads over tensor 2, queries over context 2."""
+    """Compares the kernels with the plain form on four devices: heads over tensor 2, queries over context 2."""
     heads.MAX_BLOCK = 128
     with jax.set_mesh(mesh.Mesh(fsdp=1, tensor=2, context=2).build()):
         for causal in (True, False):
@@ -147,13 +151,13 @@ def test_blocks_cover_rows_with_little_padding():
     assert [heads.block_size(s) for s in (512, 577, 1024, 1370, 2048, 8192)] == [512, 640, 1024, 768, 1024, 1024]
 
 
-def test_cpus_and_small_shapes_take_the_plain_form():
+def test_cpus_take_the_plain_form():
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         q, k, *_ = example(200, None, jnp.bfloat16)
         assert compiler.platform() == "cpu" and choose_kernel(q, k, True, 0) == "plain"
 
 
-def test_causal_blocks_equal_the_whole():
+def test_causal_attention_in_blocks_equals_one_block():
     """1024 tokens of two samples on a CPU mesh, in four blocks, against one block without a mesh."""
     q, k, v, w = (jax.random.normal(key, (2, 1024, 2, 8)) for key in jax.random.split(jax.random.key(0), 4))
     segments = jnp.repeat(jnp.array([[1, 2], [1, 0]]), 512, 1)

@@ -12,7 +12,7 @@ from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.nn import inverse_gather
 from jaxmllm.nn.primitives import Norm
 
-ROWS, LENGTH, SLOTS, GRID, COLUMNS = 2, 40, 2, 3, 4  # a grid of 3 x 3 patches with a newline behind each line
+ROWS, LENGTH, SLOTS, GRID, COLUMNS = 2, 40, 2, 3, 4  # a grid of 3 x 3 patches with a newline after each line
 BLOCK = GRID * COLUMNS
 LAYER = SVALayer(8, 2)
 
@@ -23,7 +23,10 @@ def decoder(**fields) -> Decoder:
 
 @pytest.fixture(scope="module")
 def places() -> tuple[np.ndarray, np.ndarray]:
-    """Row 0: an image, text, one without its middle line; row 1: one image, the other slot is empty."""
+    """visual_positions and visual_index of a Batch.
+
+    Row 0: an image, text, and an image without its middle line. Row 1: one image; the other slot is empty.
+    """
     positions = np.full((ROWS, SLOTS, BLOCK), -1, np.int32)
     positions[0, 0], positions[1, 1] = np.arange(2, 2 + BLOCK), np.arange(20, 20 + BLOCK)
     positions[0, 1, [0, 1, 2, 3, 8, 9, 10, 11]] = np.arange(18, 26)
@@ -41,18 +44,19 @@ def memory_of(maps: jax.Array):
     return to_memory([maps], [jnp.ones(maps.shape[:3], bool)], maps.mean((1, 2)), GRID)
 
 
-def pick(stacked: dict, i: int) -> dict:
+def layer_weights(stacked: dict, i: int) -> dict:
     return jax.tree.map(lambda w: w[i], stacked)
 
 
 def plain(params: dict, x: jax.Array, memory, positions: np.ndarray) -> jax.Array:
+    """The decoder as a loop over layers, images and patches."""
     block, layers = DecoderBlock(2, 2, 8, 24, 10000.0, 1e-5, False), params["blocks"]["layers"]["block"]
     ones, at = jnp.ones((ROWS, LENGTH), jnp.int32), jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
     for i in range(5):
-        x, _ = block.apply({"params": pick(layers, i)}, x, None, at, ones, 0)
+        x, _ = block.apply({"params": layer_weights(layers, i)}, x, None, at, ones, 0)
         if i not in (1, 3):
             continue
-        weights = pick(params["visual"]["layers"]["layer"], (1, 3).index(i))
+        weights = layer_weights(params["visual"]["layers"]["layer"], (1, 3).index(i))
         patches = [t for t in range(BLOCK) if t % COLUMNS < GRID]
         queries = jnp.zeros((ROWS * SLOTS, GRID**2, 16))
         shown = [
@@ -68,23 +72,23 @@ def plain(params: dict, x: jax.Array, memory, positions: np.ndarray) -> jax.Arra
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_against_a_plain_loop(places, remat):
+def test_decoder_equals_the_plain_loop(places, remat):
     positions, index = places
     x, maps = numbers(ROWS, LENGTH, 16, seed=0), numbers(ROWS * SLOTS, GRID * 2, GRID * 2, 8, seed=1)
-    towards = numbers(ROWS, LENGTH, 16, seed=2)
+    output_weights = numbers(ROWS, LENGTH, 16, seed=2)
     ones, at = jnp.ones((ROWS, LENGTH), jnp.int32), jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
 
     def ours(params, x, maps):
         visual = Visual(memory_of(maps), jnp.asarray(positions), jnp.asarray(index), GRID, COLUMNS)
         states, _, _ = decoder(remat=remat).apply({"params": params}, x, at, ones, visual)
-        return (states * towards).sum()
+        return (states * output_weights).sum()
 
     def init(x, maps):
         visual = Visual(memory_of(maps), jnp.asarray(positions), jnp.asarray(index), GRID, COLUMNS)
         return decoder().init(jax.random.key(3), x, at, ones, visual)["params"]
 
     def looped(params, x, maps):
-        return (plain(params, x, memory_of(maps), positions) * towards).sum()
+        return (plain(params, x, memory_of(maps), positions) * output_weights).sum()
 
     params = jax.jit(init)(x, maps)
     assert params["visual"]["layers"]["layer"]["proj_in"]["kernel"].shape == (2, 16, 8)
@@ -95,8 +99,8 @@ def test_against_a_plain_loop(places, remat):
     assert min(np.abs(g).max() for g in (grads[1], grads[2])) > 1e-3
 
 
-def test_tokens_are_taken_and_placed(places):
-    """Gradients are written by hand: they are those of the plain look-up."""
+def test_take_and_replace_equal_a_plain_look_up(places):
+    """Their gradients, which are written by hand, do as well."""
     positions, index = places[0].reshape(ROWS, -1), places[1]
     x, tokens = numbers(ROWS, LENGTH, 3, seed=0), numbers(ROWS, SLOTS * BLOCK, 3, seed=1)
     row = np.arange(ROWS)[:, None]
@@ -104,12 +108,12 @@ def test_tokens_are_taken_and_placed(places):
     def take(x):
         return jnp.where((positions >= 0)[..., None], x[row, np.maximum(positions, 0)], 0)
 
-    def place(x, tokens):
+    def replace(x, tokens):
         return jnp.where((index >= 0)[..., None], tokens[row, np.maximum(index, 0)], x)
 
     pairs = [
         (lambda x: inverse_gather.take(x, positions, index), take, (x,)),
-        (lambda x, t: inverse_gather.replace(x, t, positions, index), place, (x, tokens)),
+        (lambda x, t: inverse_gather.replace(x, t, positions, index), replace, (x, tokens)),
     ]
     for ours, other, inputs in pairs:
         y, back = jax.vjp(ours, *inputs)

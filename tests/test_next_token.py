@@ -1,4 +1,4 @@
-"""The vocabulary loss in chunks against the plain form, values and gradients (on meshes: test_meshes.py)."""
+"""Values and gradients of the vocabulary loss in chunks against the plain form (on meshes: test_meshes.py)."""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,9 @@ def check(ours, plain):
         np.testing.assert_allclose(grad, true, atol=2e-6 * np.abs(true).max())
 
 
-@pytest.mark.parametrize("chunk", [V, 80, 100, 7, 10**6])  # one, four, overlapping, smallest, more than there are
-def test_equals_the_plain_form(chunk):
+# One chunk, four, chunks that overlap, the smallest possible, and a size above V.
+@pytest.mark.parametrize("chunk", [V, 80, 100, 7, 10**6])
+def test_loss_in_chunks_equals_the_plain_form(chunk):
     hidden, table, labels, weight = inputs()
     grad = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, table, labels, weight, chunk)
     check(grad, jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, table, labels, weight))

@@ -1,4 +1,4 @@
-"""2N steps at once, and N, SIGKILL, resume, N: parameters, optimizer and sample ids are bit-equal."""
+"""A run that is killed and resumed ends bit-equal to an uninterrupted one: parameters, optimizer, place in the data."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.conftest import ROOT, jaxmllm, settings
 
 
 def newest_state(workdir, stage):
-    """Step and arrays of a stage's newest checkpoint."""
+    """(step, state, position in the data) of a stage's newest checkpoint."""
     folder = workdir / stage / "checkpoints"
     step = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -36,7 +36,7 @@ def leaves(tree, path=""):
     return {} if tree is None else {path: np.asarray(tree)}
 
 
-def equal(a, b):
+def assert_equal(a, b):
     a, b = leaves(a), leaves(b)
     assert a.keys() == b.keys() and len(a) > 100
     for path in a:
@@ -44,11 +44,11 @@ def equal(a, b):
 
 
 def test_kill_and_resume_is_bit_equal(scenes, tmp_path):
-    words = settings(scenes, **{"stages.align.steps": 6, "stages.instruct.steps": 6})
-    jaxmllm("train", *words, "--workdir", tmp_path / "straight")
+    args = settings(scenes, **{"stages.align.steps": 6, "stages.instruct.steps": 6})
+    jaxmllm("train", *args, "--workdir", tmp_path / "uninterrupted")
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxmllm", "train", *words, "--workdir", str(killed)],
+        [sys.executable, "-m", "jaxmllm", "train", *args, "--workdir", str(killed)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.DEVNULL,
@@ -60,32 +60,32 @@ def test_kill_and_resume_is_bit_equal(scenes, tmp_path):
     process.wait()
     assert (killed / "align" / "checkpoints" / "2").is_dir()
     assert not (killed / "instruct").exists()
-    again = jaxmllm("train", *words, "--workdir", killed).stderr
+    again = jaxmllm("train", *args, "--workdir", killed).stderr
     assert re.search(r"first step after [\d.]+ s \(\d+ programs from the cache, \d+ s saved\)", again), again
     for stage in ("align", "instruct"):
-        step, state, data = newest_state(tmp_path / "straight", stage)
+        step, state, data = newest_state(tmp_path / "uninterrupted", stage)
         step2, state2, data2 = newest_state(killed, stage)
         assert step == step2 == 6
-        equal(state, state2)
+        assert_equal(state, state2)
         assert data == data2
-    rows = [[json.loads(line) for line in open(d / "metrics.jsonl")] for d in (tmp_path / "straight", killed)]
+    rows = [[json.loads(line) for line in open(d / "metrics.jsonl")] for d in (tmp_path / "uninterrupted", killed)]
     losses = [{(r["stage"], r["step"]): r["loss"] for r in part} for part in rows]
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
-def test_finished_run_does_nothing_more(scenes, tmp_path):
-    words = settings(scenes, **{"stages.align.steps": 2, "stages.instruct.steps": 2})
-    jaxmllm("train", *words, "--workdir", tmp_path)
+def test_training_again_after_the_last_step_does_nothing(scenes, tmp_path):
+    args = settings(scenes, **{"stages.align.steps": 2, "stages.instruct.steps": 2})
+    jaxmllm("train", *args, "--workdir", tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
-    jaxmllm("train", *words, "--workdir", tmp_path)
+    jaxmllm("train", *args, "--workdir", tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("phase", ["compiling", "training"])
-def test_sigterm_saves(scenes, tmp_path, phase):
-    words = settings(scenes, **{"stages.align.steps": 4000, "save_every": 100000})
+def test_sigterm_saves_a_checkpoint(scenes, tmp_path, phase):
+    args = settings(scenes, **{"stages.align.steps": 4000, "save_every": 100000})
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxmllm", "train", *words, "--workdir", str(tmp_path)],
+        [sys.executable, "-m", "jaxmllm", "train", *args, "--workdir", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.PIPE,

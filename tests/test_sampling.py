@@ -1,4 +1,4 @@
-"""Bilinear sampling: the plain form against single pixels, and the TPU kernels, interpreted on a CPU, against it."""
+"""Bilinear sampling: the plain form against a loop over pixels; the TPU kernels, interpreted on a CPU, against it."""
 
 import itertools
 import subprocess
@@ -28,7 +28,8 @@ def kernel(*x, interpret=True):
 
 
 def example(sizes: list[tuple[int, int]], n=2, queries=150, heads=3, d=8, dtype=jnp.float32):
-    """Values (levels of one size joined), places (every other one on a pixel), weights, a cotangent."""
+    """Values (consecutive levels of the same size in one array), places (every other one on a pixel), weights, and a
+    cotangent."""
     rng = np.random.default_rng(0)
     runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
     values = [jnp.asarray(rng.normal(size=(count, n, *size, heads * d)), dtype) for size, count in runs]
@@ -44,7 +45,7 @@ def value_and_gradients(form, values, at, weights, g):
     return y, vjp(g)
 
 
-def test_the_plain_form_pixel_by_pixel():
+def test_plain_form_equals_a_loop_over_pixels():
     values, at, weights, _ = example([(3, 4), (3, 4), (5, 2)], n=1, queries=7, heads=2, d=2)
     levels, expected = [level for value in values for level in value], np.zeros((7, 2, 2))
     for q, m, level, k in np.ndindex(7, 2, 3, 4):
@@ -56,8 +57,8 @@ def test_the_plain_form_pixel_by_pixel():
 
 
 @pytest.mark.parametrize("form", [plain_sample, kernel])
-def test_slopes_of_sampled_pixels(form):
-    """Between pixels and on them, inside the map and outside: the change between a step to either side."""
+def test_gradients_of_places_are_finite_differences_to_both_sides(form):
+    """Between pixels and on them, inside the map and outside."""
     keys = jax.random.split(jax.random.key(0), 3)
     values = [jax.random.normal(keys[0], (1, 1, 4, 5, 3))]
     spots = jnp.array(list(itertools.product([-2, -1.5, -1, -0.25, 0, 1.5, 3, 4, 4.75, 5], repeat=2)))
@@ -72,8 +73,9 @@ def test_slopes_of_sampled_pixels(form):
     np.testing.assert_allclose(by_weight[0, :, 0, 0, 0], (unweighted * g).sum(-1)[0], atol=1e-5)
 
 
-# Sizes of levels, queries, heads, channels of a head. Heads worked on at once: all three, with a last block of few
-# queries; two of four, with maps in several pieces; one, whose channels are no multiple of 128.
+# Sizes of levels, queries, heads, channels of a head. First case: a block has all three heads, and the last block has
+# few queries. Second: a block has two of four heads, and maps have several pieces. Third: the channels of the one head
+# are no multiple of 128.
 CASES = [
     ([(5, 6), (7, 9), (6, 5)], 150, 3, 8),
     ([(37, 37), (37, 37)], 128, 4, 64),
@@ -84,15 +86,14 @@ CASES = [
 @pytest.mark.parametrize("interpret", [True, NAN])
 @pytest.mark.parametrize("sizes, queries, heads, d", CASES)
 def test_kernels_equal_the_plain_form(sizes, queries, heads, d, interpret):
-    """Also, nothing is read before it is written."""
+    """They also read nothing before it is written, or the simulation would give NaN."""
     x = example(sizes, 2 if heads < 4 else 1, queries, heads, d)
     found = jax.jit(lambda *x: value_and_gradients(lambda *x: kernel(*x, interpret=interpret), *x))(*x)
     wanted = jax.jit(lambda *x: value_and_gradients(plain_sample, *x))(*x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, wanted)
 
 
-def test_kernels_in_bfloat16():
-    """Against the same numbers in float32."""
+def test_kernels_in_bfloat16_equal_the_plain_form_in_float32():
     values, at, weights, g = example([(9, 9)] * 2, 1, 70, 2, 64, jnp.bfloat16)
     found = jax.jit(lambda *x: value_and_gradients(kernel, *x))(values, at, weights, g)
     assert found[0].dtype == found[1][0][0].dtype == jnp.bfloat16
@@ -102,8 +103,8 @@ def test_kernels_in_bfloat16():
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * float(jnp.abs(b).max()))
 
 
-def test_mmfuser_as_on_a_tpu(monkeypatch):
-    """With rows padded to whole tiles and with the kernels; maps of one size, and of several."""
+def test_mmfuser_is_the_same_as_on_a_tpu(monkeypatch):
+    """There rows are padded to whole tiles and the kernels sample. Maps of one size, and of several."""
     fuser = MMFuser(heads=2)
     for sizes in ([(5, 5)] * 3, [(3, 4), (3, 4), (6, 2), (5, 5)]):
         rng = np.random.default_rng(0)
@@ -125,15 +126,15 @@ def test_mmfuser_as_on_a_tpu(monkeypatch):
         jax.tree.map(close, found, wanted)
 
 
-def test_on_chip_memory_of_the_kernels():
-    """Maps of two heads of 64 channels and their gradients in bfloat16, both twice, and float32 sums."""
+def test_maps_of_clip_fit_on_the_chip_and_large_maps_do_not():
+    """Maps of two heads with 64 channels and their gradients, in bfloat16, are there twice, and float32 sums once."""
     clip = [jax.ShapeDtypeStruct((4, 8, 24, 24, 1024), jnp.bfloat16)]
     assert vmem_needed(clip, 16) == 4 * 24 * 24 * 128 * (2 * 2 + 2 * 2 + 4) < vmem_available()
     assert vmem_needed([jax.ShapeDtypeStruct((5, 8, 96, 96, 1024), jnp.bfloat16)], 16) > vmem_available()
 
 
 def images_and_heads_split() -> None:
-    """On four devices: images over fsdp 2, heads over tensor 2; both forms."""
+    """Compares both forms on four devices (images over fsdp 2, heads over tensor 2) with the plain form on one."""
     values, at, weights, g = example([(5, 6), (5, 6), (4, 7)], 2, 40, 4, 8)
     wanted = value_and_gradients(plain_sample, values, at, weights, g)
     with jax.set_mesh(mesh.Mesh(fsdp=2, tensor=2).build()):
@@ -145,7 +146,7 @@ def images_and_heads_split() -> None:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, wanted)
 
 
-def test_images_and_heads_split():
+def test_both_forms_are_the_same_with_images_and_heads_split():
     code = "from tests.test_sampling import images_and_heads_split; images_and_heads_split()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=simulated(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

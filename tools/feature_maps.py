@@ -56,8 +56,8 @@ def photo_row() -> list[Panel]:
 
     def run(net) -> jax.Array:
         pixels = prepare(photo, net.input)[None]
-        fresh = jax.eval_shape(net.init, jax.random.key(0), pixels)["params"]
-        shapes = {path: x.shape for path, x in flatten(fresh).items()}
+        abstract = jax.eval_shape(net.init, jax.random.key(0), pixels)["params"]
+        shapes = {path: x.shape for path, x in flatten(abstract).items()}
         params = import_weights(encoder_key_maps.efficientnet(net), weights, shapes)
         return jax.jit(net.apply)({"params": unflatten(params)}, pixels)[0]
 
@@ -85,14 +85,14 @@ def toy_row(run: str) -> list[Panel]:
     scene = prepare(Image.open(files[0]).convert("RGB"), encoder.input)
     taps = jax.jit(encoder.apply)({"params": params["encoders_clip"]}, scene[None])
     fuser = model.fusers["clip"].clone(parent=None)
-    fused, asked, _ = fuser.apply({"params": params["fusers_clip"]}, taps, method="attend")
+    fused, attended, _ = fuser.apply({"params": params["fusers_clip"]}, taps, method="attend")
     change = fused - taps[-1]
     share = jnp.linalg.norm(change) / jnp.linalg.norm(taps[-1])
     return [
         ("scene, trained toy", scene),
         ("shallow: tap 1 of the ViT", colours(taps[0][0])),
         ("deep: tap 3", colours(taps[-1][0])),
-        ("A, read from the shallow", colours(asked.reshape(fused.shape)[0])),
+        ("A, read from the shallow", colours(attended.reshape(fused.shape)[0])),
         (f"what it adds: {share:.1%} of the norm", colours(change[0])),
         ("MMFuser's map", colours(fused[0])),
     ]
