@@ -32,11 +32,12 @@ import optax
 from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import IGNORE_LABEL, Batch
-from jaxmllm.config import Run, load, override
+from jaxmllm.config import Run
 from jaxmllm.data.loader import make_batch
 from jaxmllm.data.samples import Sample, visual_indices
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.objectives.next_token import Chunks
+from jaxmllm.recipes import load, override
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, initial_params
 from jaxmllm.train.state import TrainState

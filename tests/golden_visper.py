@@ -142,7 +142,7 @@ def build(case: Case) -> MLLM:
     return MLLM(
         {"encoder": Features(grid, case.inputs["features"].shape[-1])},
         {"encoder": Single()},
-        MLPProjector(width, grid),
+        MLPProjector(grid),
         decoder(c["llm"]),
         {task: teacher(task) for task in c["task_order"]},
     )

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxmllm import mesh as meshes
 from jaxmllm import sharded
-from jaxmllm.config import load, override
+from jaxmllm.recipes import load, override
 from jaxmllm.train.setup import stage_program
 from tests import equal_meshes
 from tests.conftest import ROOT, simulated

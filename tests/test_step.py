@@ -9,7 +9,7 @@ import pytest
 
 from jaxmllm import host_batches
 from jaxmllm.batch import IGNORE_LABEL, Batch, empty_batch
-from jaxmllm.config import load
+from jaxmllm.recipes import load
 from jaxmllm.train.optim import optimizer
 from jaxmllm.train.setup import initial_params
 from jaxmllm.train.state import TrainState, match_rules, split, unflatten

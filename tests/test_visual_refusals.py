@@ -21,7 +21,7 @@ VIT = zoo.ENCODERS["clip"]
 
 
 def mllm(fuser=None, aggregator=None, llm=None, **distill) -> MLLM:
-    return MLLM({"a": VIT}, {"a": fuser or Single()}, aggregator or MLPProjector(24, 4), llm or zoo.DECODER, distill)
+    return MLLM({"a": VIT}, {"a": fuser or Single()}, aggregator or MLPProjector(4), llm or zoo.DECODER, distill)
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,10 @@ def mllm(fuser=None, aggregator=None, llm=None, **distill) -> MLLM:
         (dict(fuser=MMFuser(heads=3)), "encoder 'a': MMFuser needs taps of one width that its 3 heads divide, not 4 x"),
         (dict(fuser=MMFuser(2, levels=4)), "encoder 'a': MMFuser: 3 taps cannot give a query and 4 levels"),
         (dict(fuser=MMFuser(2, attention="sparse")), "attention must be deformable, global or linear, not 'sparse'"),
-        (dict(aggregator=AdditiveMoF(24)), "AdditiveMoF adds the maps of two encoders, not of 1"),
-        (dict(aggregator=InterleavedMoF(24)), "InterleavedMoF needs at least two encoders"),
-        (dict(aggregator=SVA(8, 24, 3, heads=2)), "SVA: grid 4 x 4 of encoder 'a' must be square and a multiple of 3"),
-        (dict(aggregator=SVA(9, 24, 4, heads=2)), "SVA: width 9 must be a multiple of its 2 heads"),
-        (dict(aggregator=MLPProjector(23, 4)), "makes tokens of width 23, but the language model has 24"),
+        (dict(aggregator=AdditiveMoF()), "AdditiveMoF adds the maps of two encoders, not of 1"),
+        (dict(aggregator=InterleavedMoF()), "InterleavedMoF needs at least two encoders"),
+        (dict(aggregator=SVA(8, 3, heads=2)), "SVA: grid 4 x 4 of encoder 'a' must be square and a multiple of 3"),
+        (dict(aggregator=SVA(9, 4, heads=2)), "SVA: width 9 must be a multiple of its 2 heads"),
         (
             dict(llm=Decoder(40, 24, 2, 2, 2, 24, inserts=VisualInserts(SVALayer(8, 2), 0, 1, 1))),
             "MLPProjector has no windows on a grid of 4 for layers inside",

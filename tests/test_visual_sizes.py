@@ -69,7 +69,7 @@ def test_parameters_of_aggregators(name, parameters):
 )
 def test_parameters_of_cambrian(width, layers, parameters):
     """All parameters that Cambrian-1 8B, 13B and 34B add to the language model and the encoders."""
-    sva = SVA(1024, width, 24)
+    sva = SVA(1024, 24)
     sides = [m.h for m in visual_table.CAMBRIAN.values()]
     array = visual_table.array
     features = [array(1, side, side, 1024) for side in sides]

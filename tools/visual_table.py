@@ -53,19 +53,19 @@ FUSERS = {  # name -> (fuser, number of CLIP-L/336 taps)
     "MMFuser, linear": (MMFuser(attention="linear"), 5),
 }
 AGGREGATORS = {  # name -> (aggregator, maps)
-    "MLPProjector, depth 1": (MLPProjector(H, 24, depth=1), {"clip": CLIP}),
-    "MLPProjector": (MLPProjector(H, 24), {"clip": CLIP}),
-    "MLPProjector, after SCI or DCI": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 3072)}),
-    "MLPProjector, after Concat of 5": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 5120)}),
-    "MLPProjector, after STI": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 1024, 144)}),
-    "MLPProjector, Cambrian's four": (MLPProjector(H, 24), CAMBRIAN),
-    "AdditiveMoF": (AdditiveMoF(H), {"clip": CLIP, "dino": CLIP}),
-    "InterleavedMoF": (InterleavedMoF(H), {"clip": CLIP, "dino": CLIP}),
-    "Resampler": (Resampler(H, 1024), {"clip": CLIP}),
-    "QFormer": (QFormer(H), {"clip": MapShape(16, 16, 1408)}),
-    "PixelShuffle": (PixelShuffle(H, 12), {"clip": CLIP}),
-    "CAbstractor": (CAbstractor(H), {"clip": CLIP}),
-    "SVA": (SVA(1024, H, 24), CAMBRIAN),
+    "MLPProjector, depth 1": (MLPProjector(24, depth=1), {"clip": CLIP}),
+    "MLPProjector": (MLPProjector(24), {"clip": CLIP}),
+    "MLPProjector, after SCI or DCI": (MLPProjector(24), {"clip": MapShape(24, 24, 3072)}),
+    "MLPProjector, after Concat of 5": (MLPProjector(24), {"clip": MapShape(24, 24, 5120)}),
+    "MLPProjector, after STI": (MLPProjector(24), {"clip": MapShape(24, 24, 1024, 144)}),
+    "MLPProjector, Cambrian's four": (MLPProjector(24), CAMBRIAN),
+    "AdditiveMoF": (AdditiveMoF(), {"clip": CLIP, "dino": CLIP}),
+    "InterleavedMoF": (InterleavedMoF(), {"clip": CLIP, "dino": CLIP}),
+    "Resampler": (Resampler(1024), {"clip": CLIP}),
+    "QFormer": (QFormer(), {"clip": MapShape(16, 16, 1408)}),
+    "PixelShuffle": (PixelShuffle(12), {"clip": CLIP}),
+    "CAbstractor": (CAbstractor(), {"clip": CLIP}),
+    "SVA": (SVA(1024, 24), CAMBRIAN),
 }
 
 

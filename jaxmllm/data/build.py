@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxmllm import host_batches
-from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.config import ConfigError, Data, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.samples import SampleSpec
@@ -11,9 +11,12 @@ from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.tokenizer import load_tokenizer
 
 
-def sample_spec(run: Run) -> SampleSpec:
-    """How the run's records become samples. Raises ConfigError if the tokenizer has more tokens than the model."""
-    data, model = run.data, run.model
+def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
+    """How records become samples, in a stage or in general.
+
+    Raises ConfigError if the tokenizer has more tokens than the model.
+    """
+    data, model = run.data_of(stage) if stage else run.data, run.model
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
         raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, but model.llm.vocab is {model.llm.vocab}")
@@ -23,22 +26,29 @@ def sample_spec(run: Run) -> SampleSpec:
 
 def check_data(run: Run) -> None:
     """Raises before the first stage what would otherwise stop a later one: a tokenizer or data file is missing."""
-    sample_spec(run)
-    for source in {source for stage in run.stages for source in stage.sources}:
-        open_source(source.path, source.image_root)
+    for stage in run.stages:
+        sample_spec(run, stage)
+        for source in stage.sources:
+            open_source(source.path, source.image_root)
+
+
+def resolve_shards(data: Data, rows: int) -> int:
+    """The number of virtual shards: by default the largest power of two up to 256 that divides the rows."""
+    return data.shards or max(2**i for i in range(9) if rows % 2**i == 0)
 
 
 def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
     """The loader of this process's share of a stage's batches; it notes bad samples in WORKDIR/bad_samples.jsonl."""
+    data = run.data_of(stage)
     index, count = host_batches.process_rows(run.mesh.build())
     return Loader(
         [(open_source(source.path, source.image_root), source.weight) for source in stage.sources],
-        sample_spec(run),
-        Ledger(f"{workdir}/bad_samples.jsonl", run.data.max_bad),
+        sample_spec(run, stage),
+        Ledger(f"{workdir}/bad_samples.jsonl", data.max_bad),
         rows=stage.rows,
-        num_shards=run.data.shards,
+        num_shards=resolve_shards(data, stage.rows),
         seed=run.seed,
-        packing=run.data.packing,
+        packing=data.packing,
         process_index=index,
         process_count=count,
     )
