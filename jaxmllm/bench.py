@@ -18,8 +18,9 @@ import numpy as np
 
 from jaxmllm import host_batches
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.config import Run, Stage
 from jaxmllm.data.build import make_loader
+from jaxmllm.errors import ConfigError
 from jaxmllm.plan.chips import CHIPS
 from jaxmllm.plan.compile import peak_bytes
 from jaxmllm.plan.flops import model_flops

@@ -8,28 +8,14 @@ model.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 
+from jaxmllm.errors import ConfigError, check_local, suggest
 from jaxmllm.mesh import Mesh
 
 OPEN = {"open": True}  # metadata of a dict field to which overrides may add keys
-
-
-class ConfigError(ValueError):
-    """What the user asked for is wrong; the message is one line that says what is wrong and how to mend it."""
-
-
-def suggest(name: str, known: Iterable[Any]) -> str:
-    """ "; did you mean ..?" with the nearest known name, or the list of them."""
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +26,10 @@ class Source:
     _: dataclasses.KW_ONLY
     image_root: str | None = None  # default: the folder of `path`
     weight: float = 1.0  # share in the mixture
+
+    def __post_init__(self):
+        check_local("source", self.path)
+        check_local("image_root", self.image_root)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +46,9 @@ class Data:
     max_bad: int = 1000  # stop when more samples than this are unusable
     tiling: Any = None  # data.tiling.Tiling: pictures are also shown in tiles
     fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size: faster, but pixels differ slightly
+
+    def __post_init__(self):
+        check_local("tokenizer", self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +75,10 @@ class Init:
     aggregator: str | None = None
     objectives: dict[str, str] = dataclasses.field(default_factory=dict, metadata=OPEN)
     rest: str | None = None  # all parts that are not named
+
+    def __post_init__(self):
+        for part, source in self.sources().items():
+            check_local(f"init.{part}", source)
 
     def sources(self) -> dict[str, str]:
         """Part -> source, e.g. {"llm": .., "encoders.clip": ..}, for the parts that are named; also "rest"."""

@@ -14,7 +14,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxmllm.config import ConfigError, Run, suggest
+from jaxmllm.config import Run
+from jaxmllm.errors import ConfigError, suggest
 
 # The format of config.json, and the version of jaxmllm that reads each. It changes when older workdirs cannot be read.
 FORMAT = 2

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from jaxmllm import host_batches
-from jaxmllm.config import ConfigError, Data, Run, Stage
+from jaxmllm.config import Data, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.samples import SampleSpec
 from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.tokenizer import load_tokenizer
+from jaxmllm.errors import ConfigError
 
 
 def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from jaxmllm import host_batches
 from jaxmllm import mesh as meshes
-from jaxmllm.config import ConfigError, Run
+from jaxmllm.config import Run
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.loader import make_batch
 from jaxmllm.data.samples import make_sample
 from jaxmllm.data.sources.record import Blob, Record, read_file
 from jaxmllm.data.templates import IMAGE
+from jaxmllm.errors import ConfigError
 from jaxmllm.eval.generate import left_pad, make_generate
 from jaxmllm.recipes import override, read_run
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.config import Run, Stage
+from jaxmllm.errors import ConfigError
 from jaxmllm.mesh import AXES
 from jaxmllm.plan.chips import GIB, Topology
 from jaxmllm.plan.compile import Program, compile_stage

@@ -20,7 +20,7 @@ from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.train.metrics import Reporter
 from jaxmllm.train.optim import rate
-from jaxmllm.train.setup import claim_workdir, start_stage
+from jaxmllm.train.setup import check_stages, claim_workdir, start_stage
 from jaxmllm.train.stop import Stopped, StopSignal
 
 
@@ -50,9 +50,10 @@ def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any]) -> None:
     Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss that is
     not finite.
     """
-    claim_workdir(config, workdir)
     mesh = config.mesh.build()
     with StopSignal() as stop, jax.set_mesh(mesh):
+        check_stages(config, mesh)
+        claim_workdir(config, workdir)
         session = Session(config, workdir, mesh, make_loader, stop)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.config import Run, Stage
+from jaxmllm.errors import ConfigError
 from jaxmllm.nn.param_info import ParamInfo, describing
 from jaxmllm.recipes import check_resumable, to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
@@ -85,6 +86,33 @@ def stage_program(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[P
 
     step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate)
     return abstract, new_train_state, jax.jit(step, donate_argnums=0, compiler_options=options(mesh))
+
+
+def check_stages(config: Run, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError or ValueError for what is wrong with any stage, before anything is written.
+
+    Random weights may be frozen only if `init` says so: a part without a source must be trained before it is frozen.
+    """
+    known = set(config.init.sources())
+    for stage in config.stages:
+        abstract, new_train_state, _ = stage_program(config, stage, mesh)
+        trained = {part_of(config, path) for path in jax.eval_shape(new_train_state, abstract).trainable}
+        known |= trained
+        for part in sorted({part_of(config, path) for path in abstract} - known):
+            if "rest" not in known:
+                raise ConfigError(
+                    f"stage {stage.name} freezes {part} with random weights; say where its weights come from, "
+                    f"--set init.{part}=FOLDER, or that they are meant, init.{part}=random"
+                )
+
+
+def part_of(config: Run, path: str) -> str:
+    """The part of `init` that a parameter belongs to, e.g. "encoders.clip"; "rest" if to none."""
+    for part in config.parts():
+        prefix = part.replace(".", "_", 1) + "/"
+        if path.startswith(prefix) and not path.startswith("llm/visual/"):
+            return part
+    return "rest"
 
 
 def start_stage(

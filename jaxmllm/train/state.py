@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 
-from jaxmllm.config import ConfigError, Rule
+from jaxmllm.config import Rule
+from jaxmllm.errors import ConfigError
 
 Params = dict[str, jax.Array]
 
