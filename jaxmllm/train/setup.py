@@ -73,12 +73,10 @@ def stage_program(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[P
     cover the parameters, ValueError if rows do not divide over the mesh.
     """
     dtype = jnp.dtype(config.compute_dtype)
-    micro = stage.rows // stage.accumulate, config.data_of(stage).seq_len
-    meshes.check_split(f"stages.{stage.name}: tokens of a micro-batch", micro, ("batch", "length"))
+    check_micro_batch(config, stage)
     abstract, infos = abstract_params(config, mesh)
-    table = match_rules(stage.rules, list(abstract))
-    tx = transformation(stage.optim, stage.steps, table, infos)
-    trained = {path for path, info in infos.items() if is_trained(table[path], info)}
+    tx = transformation(stage.optim, stage.steps, match_rules(stage.rules, list(abstract)), infos)
+    trained = trained_paths(stage, infos)
 
     def new_train_state(params: Params) -> TrainState:
         trainable, frozen = split(params, trained, dtype)
@@ -93,17 +91,29 @@ def check_stages(config: Run, mesh: jax.sharding.Mesh) -> None:
 
     Random weights may be frozen only if `init` says so: a part without a source must be trained before it is frozen.
     """
-    known = set(config.init.sources())
+    abstract, infos = abstract_params(config, mesh)
+    sources = config.init.sources()
+    random = {part_of(config, path) for path in abstract} - set(sources)
     for stage in config.stages:
-        abstract, new_train_state, _ = stage_program(config, stage, mesh)
-        trained = {part_of(config, path) for path in jax.eval_shape(new_train_state, abstract).trainable}
-        known |= trained
-        for part in sorted({part_of(config, path) for path in abstract} - known):
-            if "rest" not in known:
-                raise ConfigError(
-                    f"stage {stage.name} freezes {part} with random weights; say where its weights come from, "
-                    f"--set init.{part}=FOLDER, or that they are meant, init.{part}=random"
-                )
+        check_micro_batch(config, stage)
+        random -= {part_of(config, path) for path in trained_paths(stage, infos)}
+        for part in sorted(random if "rest" not in sources else ()):
+            raise ConfigError(
+                f"stage {stage.name} freezes {part} with random weights; say where its weights come from, "
+                f"--set init.{part}=FOLDER, or that they are meant, init.{part}=random"
+            )
+
+
+def check_micro_batch(config: Run, stage: Stage) -> None:
+    """Raises ValueError if the tokens of a micro-batch do not divide over the mesh that is set."""
+    micro = stage.rows // stage.accumulate, config.data_of(stage).seq_len
+    meshes.check_split(f"stages.{stage.name}: tokens of a micro-batch", micro, ("batch", "length"))
+
+
+def trained_paths(stage: Stage, infos: dict[str, ParamInfo]) -> set[str]:
+    """The parameters that a stage trains. Raises ConfigError if its rules do not cover all parameters."""
+    table = match_rules(stage.rules, list(infos))
+    return {path for path, info in infos.items() if is_trained(table[path], info)}
 
 
 def part_of(config: Run, path: str) -> str:
