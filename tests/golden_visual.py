@@ -66,7 +66,8 @@ class Spliced(nn.Module):
     embedding: nn.Module
 
     def __call__(self, maps: dict, tokens: jax.Array, *places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        image = self.aggregator({name: FeatureMap(x) for name, x in maps.items()}, {}).tokens
+        visual = {name: FeatureMap(x) for name, x in maps.items()}
+        image = self.aggregator(visual, {}, self.embedding.width).tokens
         return image, inverse_gather.replace(self.embedding(tokens), image, *places)
 
 

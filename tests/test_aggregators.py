@@ -17,8 +17,8 @@ from tests.visual_zoo import apply, random_maps
 def test_extra_tokens_follow_the_grid():
     fused, aggregator = FeatureMap(random_maps(2, 4, 4, 5), random_maps(2, 3, 5)), MLPProjector(4)
     assert aggregator.layout({"a": MapShape(4, 4, 5, 3)}).count == 19
-    params = aggregator.init(jax.random.key(0), {"a": fused}, {})["params"]
-    tokens = apply(aggregator, params, {"a": fused}, {}).tokens
+    params = aggregator.init(jax.random.key(0), {"a": fused}, {}, 7)["params"]
+    tokens = apply(aggregator, params, {"a": fused}, {}, 7).tokens
     whole = jnp.concatenate([fused.cells.reshape(2, 16, 5), fused.extra], 1)
     np.testing.assert_allclose(tokens, apply(Projector(7), params["projector"], whole), atol=1e-6)
 
@@ -27,12 +27,12 @@ def test_mixture_of_features():
     a, b = random_maps(2, 4, 4, 5), random_maps(2, 4, 4, 5)[::-1]
     maps = {"a": FeatureMap(a), "b": FeatureMap(b)}
     mof = AdditiveMoF(alpha=0.25)
-    params = mof.init(jax.random.key(0), maps, {})["params"]
+    params = mof.init(jax.random.key(0), maps, {}, 7)["params"]
     expected = apply(Projector(7), params["projector"], (0.25 * a + 0.75 * b).reshape(2, 16, 5))
-    np.testing.assert_allclose(apply(mof, params, maps, {}).tokens, expected, atol=1e-6)
+    np.testing.assert_allclose(apply(mof, params, maps, {}, 7).tokens, expected, atol=1e-6)
     mof = InterleavedMoF(newline=True)
-    params = mof.init(jax.random.key(0), maps, {})["params"]
-    tokens = np.asarray(apply(mof, params, maps, {}).tokens).reshape(2, 4, 9, 7)
+    params = mof.init(jax.random.key(0), maps, {}, 7)["params"]
+    tokens = np.asarray(apply(mof, params, maps, {}, 7).tokens).reshape(2, 4, 9, 7)
     second = np.asarray(apply(Projector(7), params["projector_b"], b))
     np.testing.assert_allclose(tokens[:, :, 1:8:2], second, atol=1e-6)
     np.testing.assert_allclose(tokens[0, :, 8], np.tile(params["newline"]["value"], (4, 1)), atol=0)

@@ -121,7 +121,7 @@ def test_plan_prints_and_writes_every_figure(tmp_path):
     }  # fmt: skip
     assert found["fits"] and all(found[key] is not None for key in wanted)
     components = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "next_token", "head"}
-    assert components | {"distill_depth", "distill_seg", "optimizer"} <= set(found["cycles_by_component"])
+    assert components | {"objective_depth", "objective_seg", "optimizer"} <= set(found["cycles_by_component"])
     assert "fits" in done.stdout and "MFU" in done.stdout
     same = jaxmllm(*args, "--compare", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
     assert "+0.0%" in same.stdout

@@ -20,8 +20,9 @@ from tests import visual_zoo as zoo
 VIT = zoo.ENCODERS["clip"]
 
 
-def mllm(fuser=None, aggregator=None, llm=None, **distill) -> MLLM:
-    return MLLM({"a": VIT}, {"a": fuser or Single()}, aggregator or MLPProjector(4), llm or zoo.DECODER, distill)
+def mllm(fuser=None, aggregator=None, llm=None, **objectives) -> MLLM:
+    fusers, aggregator = {"a": fuser or Single()}, aggregator or MLPProjector(4)
+    return MLLM({"a": VIT}, fusers, aggregator, llm or zoo.DECODER, objectives)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +44,10 @@ def mllm(fuser=None, aggregator=None, llm=None, **distill) -> MLLM:
             "MLPProjector has no windows on a grid of 4 for layers inside",
         ),
         (
-            dict(seg=EmbedDistill(9, 4, 24, (1,), 1, aligned=True)),
-            "its 9 queries need a cell each, and MLPP",
+            dict(seg=EmbedDistill(9, 4, (1,), 1, aligned=True)),
+            "objective 'seg' is aligned: its 9 queries need a cell each, and the aggregator has 16 cells",
         ),
+        (dict(seg=EmbedDistill(9, 4, (2,), 3)), r"objectives read the layers \[2\], and the model has 1..1"),
     ],
 )
 def test_what_does_not_fit_is_refused(parts, message):

@@ -98,7 +98,7 @@ class Path(nn.Module):
     aggregator: nn.Module
 
     def __call__(self, taps: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jax.Array:
-        return self.aggregator({name: fuse(taps[name]) for name, fuse in self.fusers.items()}, masks).tokens
+        return self.aggregator({name: fuse(taps[name]) for name, fuse in self.fusers.items()}, masks, LLM).tokens
 
 
 def random_maps(*shape: int) -> jax.Array:

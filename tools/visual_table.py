@@ -69,12 +69,12 @@ AGGREGATORS = {  # name -> (aggregator, maps)
 }
 
 
-def measure(module: nn.Module, *args) -> tuple[int, float]:
-    """(parameters, FLOPs) of a module for abstract inputs."""
-    init = lambda *args: module.init(jax.random.key(0), *args)
+def measure(module: nn.Module, *args, **static) -> tuple[int, float]:
+    """(parameters, FLOPs) of a module for abstract inputs and other arguments."""
+    init = lambda *args: module.init(jax.random.key(0), *args, **static)
     variables = jax.eval_shape(init, *args)
     count = sum(math.prod(x.shape) for x in flatten(variables.get("params", {})).values())
-    lowered = jax.jit(module.apply).lower(variables, *args)
+    lowered = jax.jit(partial(module.apply, **static)).lower(variables, *args)
     return count, lowered.cost_analysis().get("flops", 0.0)
 
 
@@ -93,7 +93,7 @@ def measure_aggregator(aggregator: nn.Module, maps: dict[str, MapShape]) -> tupl
     aggregator.layout(maps)
     features = {k: FeatureMap(array(1, *m[:3]), array(1, m.extra, m.c) if m.extra else None) for k, m in maps.items()}
     masks = {k: array(1, m.h, m.w, dtype=jnp.bool_) for k, m in maps.items()}
-    return measure(aggregator, features, masks)
+    return measure(aggregator, features, masks, llm_width=H)
 
 
 def measure_in_llm(width: int) -> tuple[int, float]:
