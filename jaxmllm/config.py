@@ -136,6 +136,11 @@ class Run:
                 if name not in self.model.loss_names:
                     known = suggest(name, self.model.loss_names)
                     raise ConfigError(f"stages.{stage.name}.losses: the model has no objective {name!r}{known}")
+            for name, value in stage.data.items():
+                usual = getattr(self.data, name)
+                if isinstance(usual, (int, str)) and value is not None and type(usual) is not type(value):
+                    kind = f"expected {type(usual).__name__}, as in {usual!r}, not {value!r}"
+                    raise ConfigError(f"stages.{stage.name}.data.{name}: {kind}")
         for part in self.init.sources():
             if part not in (*self.parts(), "rest"):
                 raise ConfigError(f"init.{part}: the model has no such part{suggest(part, self.parts())}")

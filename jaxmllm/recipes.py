@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -87,6 +88,8 @@ def override(root: Any, assignments: list[str]) -> Any:
             branch = branch.setdefault(key, {})
             if isinstance(branch, Assignment):
                 raise ConfigError(f"--set {text}: {branch.text} sets the whole already")
+        if isinstance(branch.get(last), dict):
+            raise ConfigError(f"--set {text}: it sets the whole of {_texts(branch[last])[0]}")
         branch[last] = Assignment(parse(value), text)
     return _apply(root, tree) if tree else root
 
@@ -206,15 +209,19 @@ def from_json(data: Any, trusted: Mapping[str, Any] | None = None) -> Any:
 
 
 def find_class(kind: str, trusted: Mapping[str, Any] | None) -> type:
-    """ "module:Class" -> the class. Raises ConfigError for one that is neither of this package nor trusted."""
+    """ "module:Class" -> the class. Raises ConfigError unless it is a dataclass, of this package or trusted."""
     module, _, name = kind.partition(":")
-    if module.startswith("jaxmllm."):
-        return getattr(importlib.import_module(module), name)
-    # Modules that the config file has imported are loaded already; nothing is imported by the name in a JSON file.
-    scope = trusted if module == "<run_path>" else vars(sys.modules[module]) if module in sys.modules else {}
-    if trusted is None or name not in scope:
+    is_ours, scope = module.startswith("jaxmllm."), {}
+    if is_ours:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
+    # Modules that the config file has imported are loaded already; no other is imported by its name in a JSON file.
+    if is_ours or trusted is not None:
+        scope = trusted if module == "<run_path>" else getattr(sys.modules.get(module), "__dict__", {})
+    found = scope.get(name)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(f"the config names {kind}, which is not a class of jaxmllm; add --config with its FILE.py")
-    return scope[name]
+    return found
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -57,8 +57,8 @@ class WarmupStableDecay:
 
     def __call__(self, steps: int) -> Factor:
         def factor(count):
-            updates = max(1, round(self.decay * steps))
-            done = jnp.clip((count + 1 - (steps - updates)) / updates, 0, 1)
+            updates = min(max(1, round(self.decay * steps)), steps - 1)  # without the first one
+            done = jnp.clip((count + 1 - (steps - updates)) / max(updates, 1), 0, 1)
             return warm_up(count, self.warmup, steps)[0] * (1 - (1 - self.final) * done)
 
         return factor
