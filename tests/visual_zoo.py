@@ -167,6 +167,6 @@ def norms(tokens: dict, grads: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    meshes.MIN_FSDP_SIZE = 64  # so that toy weights are split over fsdp too
+    sharded.MIN_FSDP_SIZE = 64  # so that toy weights are split over fsdp too
     with jax.set_mesh(Mesh(fsdp=4, tensor=2).build()):
         print(json.dumps(norms(*run(covering()))))
