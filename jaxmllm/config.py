@@ -89,6 +89,25 @@ class Init:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """A task that measures the model while a stage trains, and at its end."""
+
+    task: Any  # eval.tasks: CVBench, HeldOutLoss, ..
+    every: int | None = None  # steps; None: only at the end
+
+    def __post_init__(self):
+        if not callable(getattr(self.task, "prepare", None)) or not isinstance(getattr(self.task, "name", None), str):
+            raise ConfigError(f"{self.task!r} is no task; it needs a name and prepare(), as in jaxmllm.eval.tasks")
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"eval {self.name}: every={self.every}, but it must be 1 step or more")
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One training stage; it starts from the parameters of the previous stage."""
 
@@ -102,6 +121,7 @@ class Stage:
     optim: Any  # train.optimizers: AdamW, ..
     accumulate: int = 1  # micro-batches per step
     data: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=OPEN)  # fields of Run.data that differ
+    evals: tuple[Eval, ...] = ()
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
@@ -112,6 +132,10 @@ class Stage:
         for name in self.data:
             if name not in known:
                 raise ConfigError(f"stages.{self.name}.data has no {name!r}{suggest(name, known)}")
+        names = [each.name for each in self.evals]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"stages.{self.name}.evals: two tasks have the name {name!r}; give one another name")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

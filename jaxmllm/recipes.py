@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import runpy
 import sys
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from jaxmllm.errors import ConfigError, suggest
 FORMAT = 2
 READ_BY = {1: "0.1", 2: "0.2"}
 
-# Fields that may change when a run resumes.
-RESUMABLE = ("mesh", "log_every", "save_every", "keep", "data.max_bad")
+# Fields that may change when a run resumes: the start of their paths.
+RESUMABLE = re.compile(r"mesh|log_every|save_every|keep|data\.max_bad|stages\.\d+\.evals")
 
 
 def load(target: str) -> Run:
@@ -238,7 +239,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 def check_resumable(saved: Any, run: Run, workdir: str) -> None:
     """Raises ConfigError if the workdir has another format or another config; fields in RESUMABLE may differ."""
     check_format(saved, f"{workdir}/config.json")
-    lines = [d for d in differences(saved, to_document(run)) if not d.startswith(RESUMABLE)]
+    lines = [d for d in differences(saved, to_document(run)) if not RESUMABLE.match(d)]
     if lines:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise ConfigError(

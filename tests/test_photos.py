@@ -2,7 +2,8 @@
 
 import json
 
-from jaxmllm.eval.model import Model
+from jaxmllm.eval.answer import Question
+from jaxmllm.eval.restore import restore_answerer
 from tests.conftest import ROOT, jaxmllm, settings
 
 PHOTOS = sorted((ROOT / "tests" / "photos").glob("*.jpg"))
@@ -22,8 +23,9 @@ def test_photos_train_and_chat(scenes, tmp_path):
     workdir = tmp_path / "run"
     jaxmllm("train", *settings(scenes, **source), "--workdir", workdir)
     assert not (workdir / "bad_samples.jsonl").exists()
-    model = Model(str(workdir), max_new_tokens=4)
-    together = model.ask([str(p) for p in PHOTOS], ["Describe the image."] * len(PHOTOS), batch=12)
+    answerer = restore_answerer(str(workdir), max_new_tokens=4)
+    questions = [Question("Describe the image.", (str(p),)) for p in PHOTOS]
+    together = list(answerer.ask(questions, batch=12))
     assert len(together) == len(PHOTOS)
-    alone = [model.ask([str(p)], ["Describe the image."], batch=1)[0] for p in PHOTOS[:3]]
+    alone = [reply for question in questions[:3] for reply in answerer.ask([question], batch=1)]
     assert alone == together[:3]

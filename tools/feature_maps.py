@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from jaxmllm.data.images import prepare
 from jaxmllm.encoders.presets import efficientnet_lite0
-from jaxmllm.eval.model import Model
+from jaxmllm.eval.restore import newest_checkpoint
 from jaxmllm.fusers.fpn import FPN
 from jaxmllm.train.state import flatten, unflatten
 from jaxmllm.weights import encoder_key_maps
@@ -78,8 +78,8 @@ def photo_row() -> list[Panel]:
 
 def toy_row(run: str) -> list[Panel]:
     """A scene, maps of the trained toy's encoder, and what its MMFuser adds to them."""
-    trained = Model(run)
-    model, params = trained.config.model, jax.device_get(trained.params)
+    trained = newest_checkpoint(run)
+    model, params = trained.config.model, unflatten(jax.device_get(trained.params()))
     encoder = model.encoders["clip"]
     files = sorted((ROOT / "data" / "scenes" / "images" / "heldout").glob("*.jpg"))
     scene = prepare(Image.open(files[0]).convert("RGB"), encoder.input)

@@ -13,6 +13,7 @@ def add(commands) -> None:
     parser.add_argument("workdir")
     parser.add_argument("--image", help="picture file")
     parser.add_argument("--prompt", help="the only question (default: read questions until end of input)")
+    common.add_own_parts(parser)
     common.add_overrides(parser)
 
 
@@ -21,11 +22,14 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.train.cache import use_compile_cache
 
     use_compile_cache(f"{args.workdir}/xla_cache")
-    from jaxmllm.eval.model import Conversation, Model
+    from jaxmllm.eval.answer import Conversation
+    from jaxmllm.eval.restore import restore_answerer
 
     if args.image and not Path(args.image).is_file():
         raise FileNotFoundError(f"no picture {args.image!r}")
-    conversation = Conversation(Model(args.workdir, overrides=args.overrides), args.image)
+    conversation = Conversation(
+        restore_answerer(args.workdir, overrides=args.overrides, config=args.config), args.image
+    )
     while True:
         try:
             prompt = args.prompt or input("you: ")

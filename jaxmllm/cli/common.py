@@ -24,6 +24,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="FILE.py[:variant]")
 
 
+def add_own_parts(parser: argparse.ArgumentParser) -> None:
+    text = "the recipe that the run was trained with, if it has parts that are not jaxmllm's"
+    parser.add_argument("--config", metavar="FILE.py[:variant]", help=text)
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",

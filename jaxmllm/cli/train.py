@@ -26,11 +26,13 @@ def run(args: argparse.Namespace) -> None:
     use_compile_cache(f"{workdir}/xla_cache")
     from jaxmllm import processes
     from jaxmllm.data.build import check_data, make_loader
+    from jaxmllm.eval.periodic import StageEvals
     from jaxmllm.train import loop, stop
 
     processes.join_processes(args.distributed)
     check_data(config)
+    evals = {stage.name: StageEvals(config, stage, workdir) for stage in config.stages}
     try:
-        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir))
+        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir), evals)
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)

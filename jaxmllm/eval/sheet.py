@@ -6,7 +6,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxmllm.eval.benchmark import Row, answer_text, is_right
+from jaxmllm.eval.tasks.choices import Row, answer_text, is_right
 
 CARD, PICTURE, MARGIN = (250, 340), 230, 10  # pixels; CARD and PICTURE include one margin
 INK, PAPER, RIGHT, WRONG = "#1d1d1f", "#ffffff", "#1a7f37", "#cf222e"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class Session:
     workdir: str
     mesh: jax.sharding.Mesh
     make_loader: Callable[[Stage], Any]
+    evals: Mapping[str, Any]
     stop: StopSignal
 
 
@@ -44,21 +45,22 @@ class StageTools:
     reporter: Reporter
 
 
-def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any]) -> None:
+def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any], evals: Mapping[str, Any]) -> None:
     """Trains all stages of `config` in `workdir` on the batches of `make_loader(stage)`.
 
-    Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss that is
-    not finite.
+    evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state) makes
+    them and returns the seconds that it took. Raises ConfigError for a workdir of another config, Stopped after a
+    signal, FloatingPointError for a loss that is not finite.
     """
     mesh = config.mesh.build()
     with StopSignal() as stop, jax.set_mesh(mesh):
         check_stages(config, mesh)
         claim_workdir(config, workdir)
-        session = Session(config, workdir, mesh, make_loader, stop)
+        session = Session(config, workdir, mesh, make_loader, evals, stop)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))
         for stage, checkpoints in zip(config.stages, all_checkpoints):
-            if checkpoints.latest() != stage.steps:
+            if checkpoints.latest() != stage.steps or evals[stage.name].due(stage.steps):
                 run_stage(session, stage, checkpoints)
 
 
@@ -85,6 +87,7 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
     learning_rate = rate(stage.optim, stage.steps)
     reporter.say(f"stage {stage.name}: steps {done} to {stage.steps}, compiling ...")
     with jax.transfer_guard("disallow"):
+        session.evals[stage.name](done, state)  # what a run that was interrupted here has not evaluated
         while done < stage.steps:
             start = time.perf_counter()
             rows, info = next(tools.loader)
@@ -103,6 +106,7 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
                 tools.checkpoints.save(state, tools.loader.get_state())
             if stopping:
                 raise Stopped(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
+            reporter.window_start += session.evals[stage.name](done, state)
 
 
 def report(reporter: Reporter, step: int, metrics: dict[str, jax.Array], learning_rate: Callable) -> None:

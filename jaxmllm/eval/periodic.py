@@ -1,0 +1,84 @@
+"""Evaluation while a stage trains: at fixed steps and at its end. It reads the parameters and changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxmllm.config import Run, Stage
+from jaxmllm.eval.lines import append_line, read_lines
+from jaxmllm.train.state import Params, TrainState
+
+
+class StageEvals:
+    """The evaluations of one stage.
+
+    Each result is a row {"stage", "step", "eval": task, ..numbers} of WORKDIR/metrics.jsonl, and a line on stderr. What
+    was evaluated is read from that file: a resumed run repeats nothing and leaves nothing out. Replies go to
+    WORKDIR/<stage>/eval_replies.jsonl as they come.
+    """
+
+    def __init__(self, run: Run, stage: Stage, workdir: str):
+        """Loads and checks the data of all tasks. Raises ValueError for data that cannot be used."""
+        self.run, self.stage, self.workdir = run, stage, workdir
+        self.metrics, self.replies = f"{workdir}/metrics.jsonl", f"{workdir}/{stage.name}/eval_replies.jsonl"
+        self.measures = {each.name: each.task.prepare(run, stage, workdir) for each in stage.evals}
+
+    def due(self, step: int) -> list[str]:
+        """The tasks whose turn it is after `step`, and of which the metrics hold no result yet.
+
+        All processes must ask at the same steps; the first one decides.
+        """
+        last = step == self.stage.steps
+        names = [each.name for each in self.stage.evals if last or (each.every and step and step % each.every == 0)]
+        if not names:
+            return []
+        rows = [row for row in read_lines(self.metrics) if "eval" in row]
+        done = {row["eval"] for row in rows if (row["stage"], row["step"]) == (self.stage.name, step)}
+        missing = np.array([name not in done for name in names])
+        if jax.process_count() > 1:
+            with jax.transfer_guard("allow"):
+                missing = multihost_utils.broadcast_one_to_all(missing)
+        return [name for name, is_missing in zip(names, missing) if is_missing]
+
+    def __call__(self, step: int, state: TrainState) -> float:
+        """Evaluates the state after `step` by the tasks that are due -> seconds that it took, without the step's own.
+
+        It reads the trained parameters in the compute dtype, which for bfloat16 is a copy for as long as it takes.
+        """
+        names = self.due(step)
+        if not names:
+            return 0.0
+        jax.block_until_ready(state)
+        start, active = time.perf_counter(), jax.process_index() == 0
+        params = cast(state.trainable, jnp.dtype(self.run.compute_dtype)) | state.frozen
+        for name in names:
+            began, at = time.perf_counter(), {"stage": self.stage.name, "step": step}
+            note = functools.partial(append, self.replies, at) if active else lambda row: None
+            found = self.measures[name](params, note)
+            if active:
+                append(self.metrics, at, {"eval": name, **found.numbers})
+                clear = "\x1b[2K" if sys.stderr.isatty() else ""  # the progress line
+                text = f"{self.stage.name} step {step}: {name}  {found.line()}  ({time.perf_counter() - began:.1f} s)"
+                print(f"{clear}{text}", file=sys.stderr, flush=True)
+        return time.perf_counter() - start
+
+
+def append(path: str, at: dict, row: dict) -> None:
+    append_line(path, {**at, **row})
+
+
+def cast(params: Params, dtype: jnp.dtype) -> Params:
+    """Parameters in a dtype; those that have it are not copied."""
+    return params | _convert({path: x for path, x in params.items() if x.dtype != dtype}, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _convert(params: Params, dtype: jnp.dtype) -> Params:
+    return {path: x.astype(dtype) for path, x in params.items()}

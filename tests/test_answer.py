@@ -1,0 +1,90 @@
+"""Parameters in, replies out: an Answerer made of a config and parameters, without a workdir."""
+
+import json
+
+import jax
+import pytest
+
+from jaxmllm.data.sources.record import Blob
+from jaxmllm.eval.answer import Answerer, Conversation, Question
+from jaxmllm.eval.periodic import cast
+from tests.tiny_run import random_params, tiny_run
+
+
+@pytest.fixture(scope="module")
+def answerer(scenes):
+    run = tiny_run(scenes)
+    return Answerer(run, random_params(run), max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def questions(scenes):
+    rows = [json.loads(line) for line in open(scenes / "heldout.jsonl")][:7]
+    return [Question(row["prompt"], (str(scenes / row["image"]),), place=str(i)) for i, row in enumerate(rows)]
+
+
+def test_replies_come_in_order_whatever_the_batch(answerer, questions):
+    together = list(answerer.ask(questions, batch=3))
+    assert len(together) == 7 and len(set(together)) > 1
+    assert list(answerer.ask(questions[::-1], batch=8)) == together[::-1]
+
+
+def test_replies_come_as_they_are_made(answerer, questions):
+    broken = Question("what?", ("gone.jpg",), place="rows.jsonl:9")
+    replies = answerer.ask([*questions[:2], broken], batch=2)
+    assert [next(replies), next(replies)] == list(answerer.ask(questions[:2], batch=2))
+    with pytest.raises(ValueError, match="gone.jpg"):
+        next(replies)
+
+
+def test_it_works_under_the_transfer_guard(answerer, questions):
+    with jax.transfer_guard("disallow"):
+        under = list(answerer.ask(questions, batch=3))
+    assert under == list(answerer.ask(questions, batch=3))
+
+
+def test_other_parameters_need_no_other_program(answerer, questions):
+    other = answerer.holding({path: -x for path, x in answerer.params.items()})
+    before = list(answerer.ask(questions, batch=3))
+    compiled = answerer.generate._cache_size()
+    assert list(other.ask(questions, batch=3)) != before
+    assert other.generate._cache_size() == compiled
+    assert list(answerer.ask(questions, batch=3)) == before
+
+
+def test_casting_copies_nothing_that_has_the_dtype(answerer):
+    same = cast(answerer.params, jax.numpy.dtype("float32"))
+    assert all(same[path].unsafe_buffer_pointer() == x.unsafe_buffer_pointer() for path, x in answerer.params.items())
+    assert {x.dtype.name for x in cast(answerer.params, jax.numpy.dtype("bfloat16")).values()} == {"bfloat16"}
+
+
+def test_pictures_may_be_bytes_and_stand_where_the_prompt_says(answerer, questions):
+    path = questions[0].images[0]
+    blob = Blob("a picture", lambda: open(path, "rb").read())
+    same = Question(f"<image>\n{questions[0].prompt}", (blob,))
+    assert list(answerer.ask([same, questions[0]], batch=2)) == [*answerer.ask(questions[:1], batch=2)] * 2
+
+
+def test_all_bad_questions_are_named_before_any_is_asked(answerer, questions, tmp_path):
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(open(questions[0].images[0], "rb").read()[:500])
+    bad = [
+        Question("?", ("gone.jpg",), place="rows.jsonl:3"),
+        Question("?", (str(cut),), place="rows.jsonl:8"),
+        Question("why " * 500, place="rows.jsonl:9"),
+    ]
+    answerer.check(questions)
+    with pytest.raises(ValueError) as error:
+        answerer.check([*questions, *bad])
+    says = str(error.value)
+    assert says.startswith("3 of 10 rows cannot be used: rows.jsonl:3: missing file (gone.jpg); rows.jsonl:8: ")
+    assert "cut.jpg" in says and "rows.jsonl:9: too long" in says
+
+
+def test_a_conversation_keeps_what_was_said(answerer, questions):
+    first, second = questions[0].prompt, questions[1].prompt
+    conversation = Conversation(answerer, questions[0].images[0])
+    reply = conversation.reply(first) or "nothing"
+    if conversation.history[-1][1]:  # an empty answer cannot be said again
+        question = Question(second, questions[0].images, ((first, reply),))
+        assert [conversation.reply(second)] == list(answerer.ask([question], batch=1))
