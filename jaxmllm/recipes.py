@@ -21,7 +21,7 @@ FORMAT = 2
 READ_BY = {1: "0.1", 2: "0.2"}
 
 # Fields that may change when a run resumes.
-RESUMABLE = ("mesh", "log_every", "save_every", "keep", "data.max_bad")
+RESUMABLE = ("mesh", "log_every", "save_every", "keep", "loggers", "data.max_bad")
 
 
 def load(target: str) -> Run:

@@ -135,3 +135,20 @@ def per_device(f, x, *others):
         return f(x, *others)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (x, *others))
     return jax.shard_map(f, in_specs=specs, out_specs=specs[0])(x, *others)
+
+
+def per_whole(f, x):
+    """f on a stack x [L, ...] whose elements x[i] must be whole; f takes and returns some of them, [n, ...].
+
+    The elements are dealt out to the devices between which x is split (not along its first dimension), so each device
+    holds and works on about L / devices of them, at least one. The result is split like x.
+    """
+    if not has_mesh():
+        return f(x)
+    split, sizes = jax.typeof(x).sharding.spec, jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for entry in split if entry for axis in ((entry,) if isinstance(entry, str) else entry))
+    more = -x.shape[0] % math.prod(sizes[axis] for axis in axes)
+    dealt = P(axes or None, *[None] * (x.ndim - 1))
+    padded = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x
+    y = jax.shard_map(f, in_specs=dealt, out_specs=dealt)(jax.sharding.reshard(padded, dealt))
+    return jax.sharding.reshard(y, split)[: x.shape[0]]

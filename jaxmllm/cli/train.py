@@ -14,6 +14,7 @@ def add(commands) -> None:
     common.add_config(parser)
     common.add_overrides(parser)
     parser.add_argument("--workdir", help="folder for all output (default: runs/NAME)")
+    parser.add_argument("--profile", metavar="FROM:TO", help="trace these steps with jax.profiler, in WORKDIR/profile")
     common.add_distributed(parser)
 
 
@@ -27,10 +28,12 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm import processes
     from jaxmllm.data.build import check_data, make_loader
     from jaxmllm.train import loop, stop
+    from jaxmllm.train.profile import parse_steps
 
+    profile = parse_steps(args.profile) if args.profile else None
     processes.join_processes(args.distributed)
     check_data(config)
     try:
-        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir))
+        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir), profile)
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -26,7 +26,7 @@ LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few length
 
 
 class Model:
-    """The newest checkpoint of a workdir, ready to answer.
+    """The newest checkpoint of a workdir, ready to answer; with the moving average of its parameters if it has one.
 
     If several processes run, all must ask the same questions, and all get the answers.
     Raises ConfigError if `workdir` holds no run or no checkpoint.
@@ -45,7 +45,7 @@ class Model:
             dtype = jnp.dtype(self.config.compute_dtype)
             abstract, _ = abstract_params(self.config, self.mesh)
             abstract = {path: x.update(dtype=dtype) for path, x in abstract.items()}
-            self.params = unflatten(newest_checkpoints(workdir, self.config).restore_params(abstract))
+            self.params = unflatten(newest_checkpoints(workdir, self.config).restore_params(abstract, average=True))
         stop = self.tokenizer.id(self.spec.template.end)
         self.generate = make_generate(self.config.model, max_new_tokens, stop)
 
