@@ -145,10 +145,18 @@ def per_whole(f, x):
     """
     if not has_mesh():
         return f(x)
-    split, sizes = jax.typeof(x).sharding.spec, jax.sharding.get_abstract_mesh().shape
-    axes = tuple(axis for entry in split if entry for axis in ((entry,) if isinstance(entry, str) else entry))
-    more = -x.shape[0] % math.prod(sizes[axis] for axis in axes)
-    dealt = P(axes or None, *[None] * (x.ndim - 1))
-    padded = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x
-    y = jax.shard_map(f, in_specs=dealt, out_specs=dealt)(jax.sharding.reshard(padded, dealt))
-    return jax.sharding.reshard(y, split)[: x.shape[0]]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    held = [[entry] if isinstance(entry, str) else list(entry or ()) for entry in jax.typeof(x).sharding.spec]
+    route = [P(*map(tuple, held))]  # one axis at a time: XLA makes an all-to-all of each step, but gathers x for all
+    for axes in held[1:]:
+        while axes:
+            held[0].append(axes.pop())
+            route.append(P(*map(tuple, held)))
+    more = -x.shape[0] % math.prod(sizes[axis] for axis in held[0])
+    y = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x
+    for step in route[1:]:
+        y = jax.sharding.reshard(y, step)
+    y = jax.shard_map(f, in_specs=route[-1], out_specs=route[-1])(y)
+    for step in reversed(route[:-1]):
+        y = jax.sharding.reshard(y, step)
+    return y[: x.shape[0]]

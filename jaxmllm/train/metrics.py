@@ -17,6 +17,7 @@ from jaxmllm.train.optim import rate, unreached
 from jaxmllm.train.state import TrainState
 
 STARTED = time.perf_counter()  # about when the process started
+ENOUGH = 10  # steps: gradients get past gates that start at zero only after some of them
 
 
 class Reporter:
@@ -33,7 +34,7 @@ class Reporter:
         self.active = jax.process_index() == 0
         self.terminal = sys.stderr.isatty()
         self.last = step  # the last step that was written
-        self.images = 0  # pictures seen by this process until the search for unreached parameters
+        self.with_images = 0  # steps in which this process had pictures
         self.searched = False
         self.window_start = time.perf_counter()
         self.window = dict.fromkeys(("steps", "tokens", "images", "wait"), 0.0)
@@ -53,7 +54,7 @@ class Reporter:
             "images": self.parts * info["images"],
             "wait": wait,
         }
-        self.images += info["images"]
+        self.with_images += info["images"] > 0
         for key, value in counted.items():
             self.window[key] += value
 
@@ -63,13 +64,10 @@ class Reporter:
         return step > self.last and (step in (1, last) or not step % run.log_every or not step % run.save_every)
 
     def look_for_unreached(self, step: int, state: TrainState) -> None:
-        """Once, after the first log interval in which there were pictures: names parameters without any gradient."""
-        if (
-            self.searched
-            or not self.active
-            or not self.images
-            or (step % self.run.log_every and step < self.stage.steps)
-        ):
+        """Names trained parameters that no gradient of the stage has reached: once, at the end of the first log interval
+        (or of the stage) by which ENOUGH steps had pictures."""
+        interval_ends = step % self.run.log_every == 0 or step == self.stage.steps
+        if self.searched or not self.active or not interval_ends or self.with_images < ENOUGH:
             return
         self.searched, paths = True, unreached(state)
         if paths:
