@@ -14,6 +14,7 @@ import flax.linen as nn
 
 from jaxmllm.errors import ConfigError, check_local, suggest
 from jaxmllm.mesh import Mesh
+from jaxmllm.train.loggers import JsonLines, TensorBoard
 
 OPEN = {"open": True}  # metadata of a dict field to which overrides may add keys
 
@@ -120,6 +121,7 @@ class Stage:
     losses: dict[str, float]  # objective, or auxiliary loss of the blocks -> weight; others are not computed
     optim: Any  # train.optimizers: AdamW, ..
     accumulate: int = 1  # micro-batches per step
+    ema: float | None = None  # decay per step of a moving average of the trained parameters, which evaluation then uses
     data: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=OPEN)  # fields of Run.data that differ
     evals: tuple[Eval, ...] = ()
 
@@ -128,6 +130,8 @@ class Stage:
             raise ConfigError(f"stage {self.name}: give either steps or epochs")
         if self.rows % self.accumulate:
             raise ConfigError(f"stages.{self.name}: rows {self.rows} do not divide by accumulate {self.accumulate}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"stages.{self.name}: ema {self.ema} is no decay between 0 and 1; 0.999 is usual")
         known = [field.name for field in dataclasses.fields(Data)]
         for name in self.data:
             if name not in known:
@@ -153,6 +157,7 @@ class Run:
     log_every: int = 20  # steps
     save_every: int = 500  # steps
     keep: int = 2  # checkpoints per stage
+    loggers: tuple[Any, ...] = (JsonLines(), TensorBoard())  # train.loggers: where metrics are written
 
     def __post_init__(self):
         for stage in self.stages:

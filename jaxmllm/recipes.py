@@ -24,7 +24,7 @@ FORMAT = 2
 READ_BY = {1: "0.1", 2: "0.2"}
 
 # Fields that may change when a run resumes: the start of their paths.
-RESUMABLE = re.compile(r"mesh|log_every|save_every|keep|data\.max_bad|stages\.\d+\.evals")
+RESUMABLE = re.compile(r"mesh|log_every|save_every|keep|loggers|data\.max_bad|stages\.\d+\.evals")
 
 
 def load(target: str) -> Run:

@@ -135,3 +135,28 @@ def per_device(f, x, *others):
         return f(x, *others)
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (x, *others))
     return jax.shard_map(f, in_specs=specs, out_specs=specs[0])(x, *others)
+
+
+def per_whole(f, x):
+    """f on a stack x [L, ...] whose elements x[i] must be whole; f takes and returns some of them, [n, ...].
+
+    The elements are dealt out to the devices between which x is split (not along its first dimension), so each device
+    holds and works on about L / devices of them, at least one. The result is split like x.
+    """
+    if not has_mesh():
+        return f(x)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    held = [[entry] if isinstance(entry, str) else list(entry or ()) for entry in jax.typeof(x).sharding.spec]
+    route = [P(*map(tuple, held))]  # one axis at a time: XLA makes an all-to-all of each step, but gathers x for all
+    for axes in held[1:]:
+        while axes:
+            held[0].append(axes.pop())
+            route.append(P(*map(tuple, held)))
+    more = -x.shape[0] % math.prod(sizes[axis] for axis in held[0])
+    y = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x
+    for step in route[1:]:
+        y = jax.sharding.reshard(y, step)
+    y = jax.shard_map(f, in_specs=route[-1], out_specs=route[-1])(y)
+    for step in reversed(route[:-1]):
+        y = jax.sharding.reshard(y, step)
+    return y[: x.shape[0]]

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 def chosen_task(args: argparse.Namespace, config: Any) -> Any:
     """The task that the arguments name. Raises ConfigError if they name none."""
-    from jaxmllm.config import ConfigError, suggest
+    from jaxmllm.errors import ConfigError, suggest
     from jaxmllm.eval.tasks.cv_bench import CVBench
     from jaxmllm.recipes import namespace
 

@@ -14,6 +14,7 @@ def add(commands) -> None:
     common.add_config(parser)
     common.add_overrides(parser)
     parser.add_argument("--workdir", help="folder for all output (default: runs/NAME)")
+    parser.add_argument("--profile", metavar="FROM:TO", help="trace these steps with jax.profiler, in WORKDIR/profile")
     common.add_distributed(parser)
 
 
@@ -28,11 +29,13 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.data.build import check_data, make_loader
     from jaxmllm.eval.periodic import StageEvals
     from jaxmllm.train import loop, stop
+    from jaxmllm.train.profile import parse_steps
 
+    profile = parse_steps(args.profile) if args.profile else None
     processes.join_processes(args.distributed)
     check_data(config)
     evals = {stage.name: StageEvals(config, stage, workdir) for stage in config.stages}
     try:
-        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir), evals)
+        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir), evals, profile)
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)

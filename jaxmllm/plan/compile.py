@@ -101,7 +101,7 @@ def compile_stage(run: Run, stage: Stage, topology: Topology, say: Callable[[str
         parts = {
             "trainable": shard_bytes(state.trainable),
             "frozen": shard_bytes(state.frozen),
-            "optimizer": shard_bytes(state.opt_state),
+            "optimizer": shard_bytes((state.opt_state, state.ema)),
             "batch": shard_bytes(batch),
         }
         limit = topology.chip.hbm_usable

@@ -50,14 +50,17 @@ class StageCheckpoints:
         """The newest complete step, None if there is none."""
         return self.manager.latest_step()
 
+    def newest_folder(self) -> str | None:
+        """The folder of the newest complete step, None if there is none."""
+        return str(self.manager.directory / str(self.latest())) if self.latest() is not None else None
+
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
         """Starts writing; returns when the arrays have been copied off the device."""
         step = int(jax.device_get(state.step))
         if step == self.latest():
             return
-        part = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(part),
+            state=ocp.args.StandardSave(own_part(state)),
             data=ocp.args.JsonSave(gather_json(data)),
             config=ocp.args.JsonSave(self.record),
         )
@@ -71,23 +74,26 @@ class StageCheckpoints:
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest state, sharded like `abstract`, and the data position of all shards."""
-        part = {"step": abstract.step, "trainable": abstract.trainable, "opt_state": abstract.opt_state}
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(part), data=ocp.args.JsonRestore())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(own_part(abstract)), data=ocp.args.JsonRestore())
         found = self.manager.restore(self.latest(), args=args)
         return TrainState(frozen=self.restore_untrained(abstract.frozen), **found.state), found.data
 
-    def restore_params(self, abstract: Params) -> Params:
-        """All parameters after the newest step, in the dtypes of `abstract`."""
+    def restore_params(self, abstract: Params, average: bool = False) -> Params:
+        """All parameters after the newest step, in the dtypes of `abstract`.
+
+        average: those that this stage trains as their moving average, if it keeps one.
+        """
         folder = self.manager.directory / str(self.latest()) / "state"
         with ocp.PyTreeCheckpointer() as checkpointer:
-            trained = set(checkpointer.metadata(folder).item_metadata.tree["trainable"])
-            own = {"trainable": {path: x for path, x in abstract.items() if path in trained}}
+            tree = checkpointer.metadata(folder).item_metadata.tree
+            trained, group = set(tree["trainable"]), "ema" if average and "ema" in tree else "trainable"
+            own = {group: {path: x for path, x in abstract.items() if path in trained}}
             restore_args = ocp.checkpoint_utils.construct_restore_args(own)
             found = checkpointer.restore(
                 folder, args=ocp.args.PyTreeRestore(own, restore_args=restore_args, partial_restore=True)
             )
         rest = {path: x for path, x in abstract.items() if path not in trained}
-        return found["trainable"] | self.restore_untrained(rest)
+        return found[group] | self.restore_untrained(rest)
 
     def restore_untrained(self, abstract: Params) -> Params:
         """Parameters that this stage does not train: as the previous stages left them, or as they came."""
@@ -101,6 +107,12 @@ class StageCheckpoints:
     def wait(self) -> None:
         """Returns when all writes are complete."""
         self.manager.wait_until_finished()
+
+
+def own_part(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps of a state: all but the frozen parameters."""
+    part = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+    return part | ({"ema": state.ema} if state.ema else {})
 
 
 def gather_json(data: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 Order inside the loop: dispatch step k, fetch the metrics of step k-1 (so that the device never waits for the host),
 save the state after step k together with the position of the data that led to it, and only then draw the next batch.
+Which steps have a row of metrics depends on the config only, so an interrupted run writes the same rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,8 +19,8 @@ from jaxmllm.config import Run, Stage
 from jaxmllm.host_batches import global_from_rows, process_rows
 from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
-from jaxmllm.train.metrics import Reporter
-from jaxmllm.train.optim import rate
+from jaxmllm.train.metrics import Reporter, report
+from jaxmllm.train.profile import Profiler
 from jaxmllm.train.setup import check_stages, claim_workdir, start_stage
 from jaxmllm.train.stop import Stopped, StopSignal
 
@@ -34,6 +35,7 @@ class Session:
     make_loader: Callable[[Stage], Any]
     evals: Mapping[str, Any]
     stop: StopSignal
+    profiler: Profiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +47,25 @@ class StageTools:
     reporter: Reporter
 
 
-def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any], evals: Mapping[str, Any]) -> None:
+def run(
+    config: Run,
+    workdir: str,
+    make_loader: Callable[[Stage], Any],
+    evals: Mapping[str, Any],
+    profile: tuple[int, int] | None = None,
+) -> None:
     """Trains all stages of `config` in `workdir` on the batches of `make_loader(stage)`.
 
     evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state) makes
-    them and returns the seconds that it took. Raises ConfigError for a workdir of another config, Stopped after a
-    signal, FloatingPointError for a loss that is not finite.
+    them and returns the seconds that it took. profile: first and last step to trace, of the first stage that is
+    trained. Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss
+    or gradient that is not finite.
     """
     mesh = config.mesh.build()
-    with StopSignal() as stop, jax.set_mesh(mesh):
+    with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(profile, workdir)) as profiler:
         check_stages(config, mesh)
         claim_workdir(config, workdir)
-        session = Session(config, workdir, mesh, make_loader, evals, stop)
+        session = Session(config, workdir, mesh, make_loader, evals, stop, profiler)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))
         for stage, checkpoints in zip(config.stages, all_checkpoints):
@@ -66,8 +75,10 @@ def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any], evals: M
 
 def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> None:
     """Sets a stage up and trains it; at the end everything is written and closed."""
+    done = checkpoints.latest() or 0
+    session.profiler.check(stage.name, done, stage.steps)
     _, parts = process_rows(session.mesh)
-    reporter = Reporter(session.workdir, stage.name, stage.steps, jax.process_index() == 0, parts)
+    reporter = Reporter(session.config, stage, session.workdir, done, parts)
     tools = StageTools(session.make_loader(stage), checkpoints, reporter)
     try:
         state, position, step = start_stage(session.config, stage, session.mesh, checkpoints)
@@ -82,9 +93,8 @@ def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> 
 
 def train(session: Session, stage: Stage, tools: StageTools, state, step: Callable) -> None:
     """Runs `step` until the stage's last one. A transfer guard makes every copy between host and device deliberate."""
-    config, reporter = session.config, tools.reporter
+    reporter = tools.reporter
     done, pending = int(state.step), None
-    learning_rate = rate(stage.optim, stage.steps)
     reporter.say(f"stage {stage.name}: steps {done} to {stage.steps}, compiling ...")
     with jax.transfer_guard("disallow"):
         session.evals[stage.name](done, state)  # what a run that was interrupted here has not evaluated
@@ -93,29 +103,21 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
             rows, info = next(tools.loader)
             batch = global_from_rows(rows, session.mesh)
             reporter.count(info, time.perf_counter() - start)
-            state, metrics = step(state, batch)
+            session.profiler.before(done + 1, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
+                state, metrics = step(state, batch)
             jax.block_until_ready(pending)  # the host stays one step ahead, so that what it waits for then is data
             if pending is None:
                 reporter.first_step()
-            elif done % config.log_every == 0 or done == 1:
-                report(reporter, done, pending, learning_rate)
+            elif reporter.is_due(done):
+                report(reporter, done, pending, tools.checkpoints)
             done, pending = done + 1, metrics
+            session.profiler.after(done, metrics, reporter.say)
             stopping = session.stop.asked(done) and done < stage.steps
-            if done % config.save_every == 0 or done == stage.steps or stopping:
-                report(reporter, done, pending, learning_rate)
+            if done % session.config.save_every == 0 or done == stage.steps or stopping:
+                report(reporter, done, pending, tools.checkpoints)
                 tools.checkpoints.save(state, tools.loader.get_state())
+            reporter.look_for_unreached(done, state)
             if stopping:
                 raise Stopped(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
             reporter.window_start += session.evals[stage.name](done, state)
-
-
-def report(reporter: Reporter, step: int, metrics: dict[str, jax.Array], learning_rate: Callable) -> None:
-    """Fetches and writes the metrics of a step (counted from 1) once, with the rate that it used; raises
-    FloatingPointError if the loss is not finite."""
-    if step == reporter.last:
-        return
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss is {values['loss']} at step {step} of stage {reporter.stage}")
-    with jax.transfer_guard("allow"):
-        reporter.write(step, {**values, "learning_rate": float(learning_rate(step - 1))})

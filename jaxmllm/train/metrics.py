@@ -1,38 +1,44 @@
-"""What a run reports: a progress line, WORKDIR/metrics.jsonl and TensorBoard."""
+"""What a run reports: a progress line, and rows of metrics for the loggers of the config (train/loggers.py)."""
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+import jax
 
+from jaxmllm.config import Run, Stage
 from jaxmllm.train.cache import from_cache
+from jaxmllm.train.checkpoint import StageCheckpoints
+from jaxmllm.train.optim import rate, unreached
+from jaxmllm.train.state import TrainState
 
 STARTED = time.perf_counter()  # about when the process started
+ENOUGH = 10  # steps: gradients get past gates that start at zero only after some of them
 
 
 class Reporter:
-    """Reports the steps of one stage. Only the `active` process writes. parts: the rows of a batch are read in that
-    many parts, one of them by this process.
+    """Reports the steps of one stage, from `step` on. Only process 0 writes. parts: the rows of a batch are read in
+    that many parts, one of them by this process.
 
     The line of a step: losses, milliseconds per step, tokens and images per second (of the whole run), share of the
     time spent waiting for data, time left.
     """
 
-    def __init__(self, workdir: str, stage: str, steps: int, active: bool, parts: int):
-        self.stage, self.steps, self.active, self.parts = stage, steps, active, parts
+    def __init__(self, run: Run, stage: Stage, workdir: str, step: int, parts: int):
+        self.run, self.stage, self.parts = run, stage, parts
+        self.rate = rate(stage.optim, stage.steps)
+        self.active = jax.process_index() == 0
         self.terminal = sys.stderr.isatty()
-        self.last: int | None = None  # the last step that was written
+        self.last = step  # the last step that was written
+        self.with_images = 0  # steps in which this process had pictures
+        self.searched = False
         self.window_start = time.perf_counter()
         self.window = dict.fromkeys(("steps", "tokens", "images", "wait"), 0.0)
-        if active:
-            self.file = open(Path(workdir) / "metrics.jsonl", "a")
-            self.board = SummaryWriter(str(Path(workdir) / "tensorboard" / stage), flush_secs=10)
+        self.loggers = [each.open(workdir, run, stage, step) for each in run.loggers] if self.active else []
 
     def first_step(self) -> None:
         """To be called when the first step is dispatched: all is compiled, and speed is measured from here on."""
@@ -48,8 +54,28 @@ class Reporter:
             "images": self.parts * info["images"],
             "wait": wait,
         }
+        self.with_images += info["images"] > 0
         for key, value in counted.items():
             self.window[key] += value
+
+    def is_due(self, step: int) -> bool:
+        """Whether the metrics of a step are still to be written. It depends on nothing but the config and the step."""
+        run, last = self.run, self.stage.steps
+        return step > self.last and (step in (1, last) or not step % run.log_every or not step % run.save_every)
+
+    def look_for_unreached(self, step: int, state: TrainState) -> None:
+        """Names trained parameters that no gradient of the stage has reached: once, at the end of the first log interval
+        (or of the stage) by which ENOUGH steps had pictures."""
+        interval_ends = step % self.run.log_every == 0 or step == self.stage.steps
+        if self.searched or not self.active or not interval_ends or self.with_images < ENOUGH:
+            return
+        self.searched, paths = True, unreached(state)
+        if paths:
+            more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+            self.say(
+                f"no gradient has reached: {', '.join(paths[:5])}{more} ({len(paths)} of {len(state.trainable)} "
+                "parameters); is the loss that needs them in `losses`? Rule(.., lr=None) freezes them"
+            )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of `step` and the speed since the last call."""
@@ -63,20 +89,15 @@ class Reporter:
         }
         self.last = step
         self.window_start, self.window = now, dict.fromkeys(self.window, 0.0)
-        if not self.active:
-            return
-        row = {"stage": self.stage, "step": step, **metrics, **speed}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for key, value in {**metrics, **speed}.items():
-            self.board.add_scalar(key, value, step)
-        left = (self.steps - step) * speed["step_ms"] / 1e3
-        bar = "#" * round(20 * step / self.steps)
+        for logger in self.loggers:
+            logger.write({**metrics, **speed}, step)
+        left = (self.stage.steps - step) * speed["step_ms"] / 1e3
+        bar = "#" * round(20 * step / self.stage.steps)
         parts = [f"{k} {metrics[k]:.3f}" for k in metrics if k not in ("grad_norm", "learning_rate")]
         self.say(
-            f"{self.stage} [{bar:<20}] {step}/{self.steps}  {' '.join(parts)}  {speed['step_ms']:.0f} ms/step  "
-            f"{speed['tokens_per_s']:.0f} tok/s  {speed['images_per_s']:.0f} img/s  wait {speed['data_wait']:.0%}  "
-            f"eta {int(left) // 60}:{int(left) % 60:02d}",
+            f"{self.stage.name} [{bar:<20}] {step}/{self.stage.steps}  {' '.join(parts)}  "
+            f"{speed['step_ms']:.0f} ms/step  {speed['tokens_per_s']:.0f} tok/s  {speed['images_per_s']:.0f} img/s  "
+            f"wait {speed['data_wait']:.0%}  eta {int(left) // 60}:{int(left) % 60:02d}",
             replace=True,
         )
 
@@ -84,14 +105,31 @@ class Reporter:
         """Prints a line to stderr; with `replace`, on a terminal, the next line overwrites it."""
         if self.active:
             end = "\r" if replace and self.terminal else "\n"
-            if self.terminal:
-                line = "\x1b[2K" + line[: shutil.get_terminal_size().columns - 1]
-            print(line, end=end, file=sys.stderr, flush=True)
+            if self.terminal and replace:
+                line = line[: shutil.get_terminal_size().columns - 1]
+            print("\x1b[2K" * self.terminal + line, end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Ends the progress line and closes the files."""
-        if self.active:
-            if self.terminal:
-                print(file=sys.stderr)
-            self.file.close()
-            self.board.close()
+        """Ends the progress line and closes the loggers."""
+        if self.active and self.terminal:
+            print(file=sys.stderr)
+        for logger in self.loggers:
+            logger.close()
+
+
+def report(reporter: Reporter, step: int, metrics: dict[str, jax.Array], checkpoints: StageCheckpoints) -> None:
+    """Fetches the metrics of a step (counted from 1) and writes them with the rate that the step used, if it is due.
+
+    Raises FloatingPointError if the loss or the norm of the gradient is not finite.
+    """
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            checkpoints.wait()
+            kept = checkpoints.newest_folder() or "none of this stage yet"
+            where = f"step {step} of stage {reporter.stage.name}"
+            raise FloatingPointError(f"{name} is {values[name]} at {where}; checkpoint to go back to: {kept}")
+    if reporter.is_due(step):
+        with jax.transfer_guard("allow"):
+            values["learning_rate"] = float(reporter.rate(step - 1))
+        reporter.write(step, values)

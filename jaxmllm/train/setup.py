@@ -80,9 +80,10 @@ def stage_program(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[P
 
     def new_train_state(params: Params) -> TrainState:
         trainable, frozen = split(params, trained, dtype)
-        return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
+        average = jax.tree.map(jnp.copy, trainable) if stage.ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable), average)
 
-    step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate)
+    step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate, stage.ema)
     return abstract, new_train_state, jax.jit(step, donate_argnums=0, compiler_options=options(mesh))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -17,12 +18,16 @@ Params = dict[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """Gradients, norm, clipping and optimizer see only `trainable`. `frozen` arrays are in the compute dtype."""
+    """Gradients, norm, clipping and optimizer see only `trainable`. `frozen` arrays are in the compute dtype.
+
+    ema: the exponential moving average of `trainable`, float32; empty if the stage keeps none.
+    """
 
     step: jax.Array  # int32 scalar
     trainable: Params
     frozen: Params
     opt_state: object
+    ema: Params = dataclasses.field(default_factory=dict)
 
 
 def flatten(tree: Mapping) -> Params:

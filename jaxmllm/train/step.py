@@ -13,7 +13,9 @@ from jaxmllm.batch import Batch
 from jaxmllm.train.state import TrainState, unflatten
 
 
-def make_step(model, losses: dict[str, float], tx: optax.GradientTransformation, dtype, accumulate: int) -> Callable:
+def make_step(
+    model, losses: dict[str, float], tx: optax.GradientTransformation, dtype, accumulate: int, ema: float | None = None
+) -> Callable:
     """-> step(state, batch) -> (state, metrics of float32 scalars).
 
     The loss is the sum over objectives of weight * (sum of masked values) / (count in the whole global batch, over all
@@ -50,7 +52,8 @@ def make_step(model, losses: dict[str, float], tx: optax.GradientTransformation,
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
+            average = optax.incremental_update(trainable, state.ema, 1 - ema) if ema else {}
             metrics["grad_norm"] = optax.global_norm(grads)
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state, average), metrics
 
     return step

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from jaxmllm import host_batches
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import ConfigError, Run, Source, Stage, suggest
+from jaxmllm.config import Run, Source, Stage
+from jaxmllm.errors import ConfigError, suggest
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.one_pass import one_pass
 from jaxmllm.data.sources.open import open_source

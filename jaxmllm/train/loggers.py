@@ -1,0 +1,141 @@
+"""Loggers as values of a config: where the metrics of a run are written.
+
+A logger is a frozen dataclass with `open(workdir, run, stage, step)`, which returns an object with
+`write(row, step)` and `close()`. run, stage: the config's Run and Stage. step: the step of the stage that a run goes on
+from, 0 for a new stage; what an interrupted run wrote about later steps is to be forgotten, since they come again.
+row: metrics by name, floats; steps are counted from 1. Only process 0 opens loggers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLines:
+    """WORKDIR/metrics.jsonl: one JSON object per row, with the stage's name and the step."""
+
+    def open(self, workdir: str, run: Any, stage: Any, step: int) -> JsonLinesWriter:
+        """Raises ValueError if the file has a line that is no row."""
+        path = Path(workdir) / "metrics.jsonl"
+        drop_rows_after(path, stage.name, step)
+        return JsonLinesWriter(path, stage.name)
+
+
+class JsonLinesWriter:
+    """Appends rows to a file; each is on its way to the disk when `write` returns, so a killed process loses none."""
+
+    def __init__(self, path: Path, stage: str):
+        self.file, self.stage = open(path, "a"), stage
+
+    def write(self, row: dict[str, float], step: int) -> None:
+        self.file.write(json.dumps({"stage": self.stage, "step": step, **row}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def drop_rows_after(path: Path, stage: str, step: int) -> None:
+    """Ends the file before the first row of `stage` with a later step, and before a last line that is incomplete.
+
+    Raises ValueError for another line that is no row.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):  # the process was killed while it wrote
+            break
+        try:
+            row = json.loads(line)
+            later = row["stage"] == stage and row["step"] > step
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no row of metrics; mend or remove that line") from error
+        if later:
+            break
+        kept.append(line)
+    if len(kept) < len(lines):
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorBoard:
+    """WORKDIR/tensorboard/STAGE: event files. TensorBoard hides rows that were written before and come again."""
+
+    def open(self, workdir: str, run: Any, stage: Any, step: int) -> TensorBoardWriter:
+        folder = str(Path(workdir) / "tensorboard" / stage.name)
+        return TensorBoardWriter(SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=10))
+
+
+class TensorBoardWriter:
+    """One scalar per metric."""
+
+    def __init__(self, board: SummaryWriter):
+        self.board = board
+
+    def write(self, row: dict[str, float], step: int) -> None:
+        for name, value in row.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsAndBiases:
+    """https://wandb.ai: one W&B run per stage, grouped by the workdir. Needs the extra `wandb`.
+
+    Environment variables of wandb apply, e.g. WANDB_MODE=offline. A resumed stage goes on in the same W&B run, which
+    ignores rows of steps that it has already; they are equal.
+    """
+
+    project: str
+    entity: str | None = None  # team; None: the user's default
+
+    def open(self, workdir: str, run: Any, stage: Any, step: int) -> WeightsAndBiasesWriter:
+        """Raises ValueError if wandb is not installed."""
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ValueError('the config logs to W&B; pip install "jaxmllm[wandb]", or change `loggers`') from error
+        folder = Path(workdir).absolute()
+        named = folder / stage.name / "wandb_id"
+        if not named.exists():
+            named.parent.mkdir(parents=True, exist_ok=True)
+            named.write_text(wandb.util.generate_id())
+        return WeightsAndBiasesWriter(
+            wandb.init(
+                project=self.project,
+                entity=self.entity,
+                id=named.read_text(),
+                name=f"{folder.name}/{stage.name}",
+                group=folder.name,
+                job_type=stage.name,
+                dir=str(folder),
+                config=json.loads((folder / "config.json").read_text()),
+                resume="allow",
+                reinit="create_new",
+            )
+        )
+
+
+class WeightsAndBiasesWriter:
+    """Rows of a W&B run."""
+
+    def __init__(self, run: Any):
+        self.run = run
+
+    def write(self, row: dict[str, float], step: int) -> None:
+        self.run.log(row, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
