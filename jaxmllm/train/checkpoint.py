@@ -70,23 +70,41 @@ class StageCheckpoints:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(self.folder / "frozen", abstract)
 
-    def restore_params(self, abstract: Params) -> Params:
-        """All parameters after the newest step, trainable and frozen, in the dtypes of `abstract`."""
-        frozen_folder = self.folder / "frozen"
-        names = set()
-        if frozen_folder.exists():
-            with ocp.StandardCheckpointer() as checkpointer:
-                names = set(checkpointer.metadata(frozen_folder).item_metadata.tree)
-        frozen = self.restore_frozen({k: v for k, v in abstract.items() if k in names})
-        trainable = {k: v for k, v in abstract.items() if k not in names}
-        args = ocp.args.PyTreeRestore(
-            {"trainable": trainable},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"trainable": trainable}),
-            partial_restore=True,
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(self.manager.directory / str(self.latest()) / "state", args=args)
-        return frozen | found["trainable"]
+    def stored_params(self, step: int | None = None) -> dict[str, Any]:
+        """Path -> metadata (shape, dtype) of all parameters after a step (default: the newest)."""
+        return {path: x for _, _, stored in self._parameters(step) for path, x in stored.items()}
+
+    def restore_params(self, abstract: Params, step: int | None = None) -> Params:
+        """Parameters after a step (default: the newest), trainable and frozen, in the dtypes of `abstract`.
+
+        `abstract` need not have all of them. Raises ValueError if it has others.
+        """
+        found = {}
+        for folder, inner, stored in self._parameters(step):
+            item = {path: x for path, x in abstract.items() if path in stored}
+            if not item:
+                continue
+            item = {inner: item} if inner else item
+            args = ocp.args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                result = checkpointer.restore(folder, args=args)
+            found |= result[inner] if inner else result
+        missing = [path for path in abstract if path not in found]
+        if missing:
+            raise ValueError(f"{self.folder} has no parameter {missing[0]} (and {len(missing) - 1} more)")
+        return found
+
+    def _parameters(self, step: int | None) -> list[tuple[epath.Path, str, dict[str, Any]]]:
+        """Where parameters are: (folder, name of their dict inside it, path -> metadata)."""
+        state = self.manager.directory / str(self.latest() if step is None else step) / "state"
+        found, handler = [], ocp.PyTreeCheckpointHandler()
+        for folder, inner in ((self.folder / "frozen", ""), (state, "trainable")):
+            if folder.exists():
+                tree = handler.metadata(folder).tree
+                found.append((folder, inner, tree[inner] if inner else tree))
+        return found
 
     def wait(self) -> None:
         """Returns when all writes are complete."""
