@@ -1,4 +1,4 @@
-"""Published encoders by name.
+"""Published encoders by name, and those of any Hugging Face folder.
 
 Sizes are those in `config.json` of the Hugging Face repository that each function names, normalisation is that in its
 `preprocessor_config.json`. `fit` is "pad" by default, as LLaVA-1.5, MMFuser and Cambrian-1 prepare their pictures.
@@ -9,6 +9,8 @@ are not built. All other fields of the encoder may be given too and replace thos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxmllm.encoders.common import HALF, IMAGENET_MEAN, IMAGENET_STD, Encoder
@@ -16,6 +18,9 @@ from jaxmllm.encoders.convnext import ConvNeXt
 from jaxmllm.encoders.efficientnet import EfficientNet
 from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
+from jaxmllm.weights.hf_config import read_config
+from jaxmllm.weights.hf_encoders import encoder
+from jaxmllm.weights.hf_pictures import preparation
 
 
 def clip_l_336(taps: tuple[int, ...] = (23,), **fields: Any) -> ViT:
@@ -126,3 +131,19 @@ def cambrian(grid: int = 24) -> dict[str, Encoder]:
         "dinov2": dinov2_g(size=378, interpolation="bicubic_offset", final_norm=True, resize=grid),
         "convnext": convnext_xxl((1, 2, 3, 4), 1024, resize=4 * grid),
     }
+
+
+def from_folder(path: str | Path, taps: Sequence[int] | None = None, **fields: Any) -> Encoder:
+    """The encoder of a Hugging Face folder, also of a LLaVA's: everything from its config.json and, for size, mean,
+    std, fit, edge and filter, from its preprocessor_config.json.
+
+    taps: indices of hidden states, negative ones from the end; default: a LLaVA's vision_feature_layer, else the last.
+    `fields` replace what the folder says. Raises ValueError, in one line that names the fields, for what our encoders
+    cannot do, and if the folder has no preprocessor_config.json and mean, std or fit is not given.
+    """
+    config, prepared = read_config(path), preparation(path, fields)
+    described = encoder(config, taps, (prepared | fields).get("size"))
+    if described.refused:
+        raise ValueError(f"{path}: {'; '.join(described.refused)}")
+    kinds = {"ViT": ViT, "ConvNeXt": ConvNeXt, "Swin": Swin}
+    return kinds[described.kind](**described.fields | prepared | fields)

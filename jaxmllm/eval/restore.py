@@ -29,7 +29,8 @@ class Checkpoint:
         mesh, dtype = self.config.mesh.build(), jnp.dtype(self.config.compute_dtype)
         with jax.set_mesh(mesh):
             abstract, _ = abstract_params(self.config, mesh)
-            return self.checkpoints.restore_params({path: x.update(dtype=dtype) for path, x in abstract.items()})
+            abstract = {path: x.update(dtype=dtype) for path, x in abstract.items()}
+            return self.checkpoints.restore_params(abstract, average=True)
 
 
 def newest_checkpoint(workdir: str, overrides: Sequence[str] = (), config: str | None = None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Published language models by name.
+"""Published language models by name, and those of any Hugging Face folder.
 
 Sizes are those of `config.json` of the Hugging Face repository named in each function. Other fields of
 Decoder may be given or replaced.
@@ -6,9 +6,11 @@ Decoder may be given or replaced.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jaxmllm.llms.decoder import Decoder
+from jaxmllm.weights import hf_config
 
 
 def llama3_8b(**fields: Any) -> Decoder:
@@ -56,3 +58,15 @@ def smollm2_135m(**fields: Any) -> Decoder:
     """HuggingFaceTB/SmolLM2-135M and its Instruct version."""
     preset = dict(vocab=49152, width=576, layers=30, heads=9, kv_heads=3, mlp=1536, rope_theta=100000.0, tied=True)
     return Decoder(**preset | fields)
+
+
+def from_folder(path: str | Path, length: int | None = None, **fields: Any) -> Decoder:
+    """The language model of a Hugging Face folder, also of a LLaVA's: sizes and everything else from its config.json.
+
+    length: tokens of your longest sequence (default: the folder's max_position_embeddings); a sliding window that is
+    shorter is refused. Raises ValueError, in one line that names the fields, for what Decoder cannot do.
+    """
+    described = hf_config.decoder(hf_config.read_config(path), length)
+    if described.refused:
+        raise ValueError(f"{path}: {'; '.join(described.refused)}")
+    return Decoder(**described.fields | fields)

@@ -78,20 +78,32 @@ class StageCheckpoints:
         found = self.manager.restore(self.latest(), args=args)
         return TrainState(frozen=self.restore_untrained(abstract.frozen), **found.state), found.data
 
-    def restore_params(self, abstract: Params, average: bool = False) -> Params:
-        """All parameters after the newest step, in the dtypes of `abstract`.
+    def stored_params(self, step: int | None = None) -> dict[str, Any]:
+        """Path -> metadata (shape, dtype) of all parameters after a step (default: the newest)."""
+        if self.previous:
+            untrained = self.previous.stored_params()
+        else:
+            frozen = self.workdir / "frozen"
+            untrained = ocp.PyTreeCheckpointHandler().metadata(frozen).tree if frozen.exists() else {}
+        return {**untrained, **self._state_tree(step)["trainable"]}
 
-        average: those that this stage trains as their moving average, if it keeps one.
+    def restore_params(self, abstract: Params, step: int | None = None, average: bool = False) -> Params:
+        """Parameters after a step (default: the newest), in the dtypes of `abstract`, which need not have all.
+
+        average: those that this stage trains as their moving average, if it keeps one. Raises ValueError if `abstract`
+        has a parameter that the run does not have.
         """
-        folder = self.manager.directory / str(self.latest()) / "state"
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder).item_metadata.tree
-            trained, group = set(tree["trainable"]), "ema" if average and "ema" in tree else "trainable"
-            own = {group: {path: x for path, x in abstract.items() if path in trained}}
+        tree = self._state_tree(step)
+        trained, group = set(tree["trainable"]), "ema" if average and "ema" in tree else "trainable"
+        own = {group: {path: x for path, x in abstract.items() if path in trained}}
+        found = {group: {}}
+        if own[group]:
             restore_args = ocp.checkpoint_utils.construct_restore_args(own)
-            found = checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(own, restore_args=restore_args, partial_restore=True)
-            )
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                found = checkpointer.restore(
+                    self._state_folder(step),
+                    args=ocp.args.PyTreeRestore(own, restore_args=restore_args, partial_restore=True),
+                )
         rest = {path: x for path, x in abstract.items() if path not in trained}
         return found[group] | self.restore_untrained(rest)
 
@@ -101,8 +113,21 @@ class StageCheckpoints:
             return {}
         if self.previous:
             return self.previous.restore_params(abstract)
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self.workdir / "frozen", abstract)
+        frozen, handler = self.workdir / "frozen", ocp.PyTreeCheckpointHandler()
+        stored = handler.metadata(frozen).tree if frozen.exists() else {}
+        if missing := [path for path in abstract if path not in stored]:
+            raise ValueError(f"{self.workdir} has no parameter {missing[0]} (and {len(missing) - 1} more)")
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                frozen, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+            )
+
+    def _state_folder(self, step: int | None) -> epath.Path:
+        return self.manager.directory / str(self.latest() if step is None else step) / "state"
+
+    def _state_tree(self, step: int | None) -> dict[str, Any]:
+        return ocp.PyTreeCheckpointHandler().metadata(self._state_folder(step)).tree
 
     def wait(self) -> None:
         """Returns when all writes are complete."""

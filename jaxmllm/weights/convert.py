@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -79,24 +80,34 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class KeyMap:
-    """Entries, and regular expressions for the foreign keys that are left out on purpose (they match whole keys)."""
+    """Entries, and what is known of the foreign keys that have no entry.
+
+    ignore: regular expressions for keys that are left out on purpose (they match whole keys). left_out: modules that no
+    tap needs, such as "encoder.layers.23". equal: pairs (key, other key); the first is left out if the file has it, and
+    must then hold the same numbers as the other.
+    """
 
     entries: tuple[Entry, ...] = ()
     ignore: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    equal: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: KeyMap) -> KeyMap:
-        return KeyMap(self.entries + other.entries, self.ignore + other.ignore)
+        return KeyMap(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(KeyMap)))
 
     def under(self, key: str, path: str, index: tuple[int, ...] = ()) -> KeyMap:
         """The key map of a submodule: with these prefixes for foreign keys and our paths, at this index of a stack."""
         entries = tuple(
             dataclasses.replace(e, key=key + e.key, path=path + e.path, index=index + e.index) for e in self.entries
         )
-        return KeyMap(entries, tuple(re.escape(key) + pattern for pattern in self.ignore))
+        ignored = tuple(re.escape(key) + pattern for pattern in self.ignore)
+        equal = tuple((key + a, key + b) for a, b in self.equal)
+        return KeyMap(entries, ignored, tuple(key + module for module in self.left_out), equal)
 
     def ignores(self, key: str) -> bool:
         """Whether a foreign key is left out on purpose."""
-        return any(re.fullmatch(pattern, key) for pattern in self.ignore)
+        unused = any(key == module or key.startswith(f"{module}.") for module in self.left_out)
+        return unused or key in dict(self.equal) or any(re.fullmatch(pattern, key) for pattern in self.ignore)
 
 
 def copy(key: str, path: str, transform: Transform = SAME) -> KeyMap:
@@ -121,9 +132,66 @@ def ignore(*patterns: str) -> KeyMap:
     return KeyMap(ignore=patterns)
 
 
+def leave_out(*modules: str) -> KeyMap:
+    """Leaves out whole modules, because no tap needs them."""
+    return KeyMap(left_out=modules)
+
+
 def join(key_maps: Iterable[KeyMap]) -> KeyMap:
     """Joins several key maps into one."""
     return sum(key_maps, KeyMap())
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What an entry takes of its foreign tensor: all of it, or the elements of `share` along the entry's axis."""
+
+    entry: Entry
+    shape: Shape  # of the place in our parameter that it fills
+    share: slice | None
+
+    def read(self, foreign: Mapping[str, np.ndarray]) -> np.ndarray:
+        """These elements in our layout: a view of the foreign tensor, except where the layout needs a copy."""
+        array = foreign[self.entry.key]
+        if self.share:
+            array = array[(slice(None),) * self.entry.axis + (self.share,)]
+        return self.entry.transform.load(array, self.shape)
+
+
+def misfits(key_map: KeyMap, foreign: Mapping[str, np.ndarray], ours: Mapping[str, Shape]) -> list[str]:
+    """Everything that keeps foreign tensors from filling `ours` ({path: shape}). Reads names, shapes and dtypes only.
+
+    Every parameter (every index of a stacked one) must be filled exactly once, every foreign key must be used or
+    ignored by the key map, every shape must fit, and numbers must be floating point. "-" marks what is missing, "+"
+    what is surplus, "!" what does not fit.
+    """
+    problems, tensors = unfilled(key_map, ours), by_key(key_map)
+    surplus = (key for key in foreign if key not in tensors and not key_map.ignores(key))
+    problems += [f"+ {key}: in the file, but no parameter wants it" for key in surplus]
+    for key, entries in tensors.items():
+        if not all(_place_exists(entry, ours) for entry in entries):
+            continue  # reported by `unfilled`
+        if key not in foreign:
+            problems.append(f"- {key}: not in the file, wanted by {_where(entries[0])}")
+            continue
+        array, expected = foreign[key], _foreign_shape(entries, ours)
+        if array.shape != expected:
+            problems.append(f"! {key}: {array.shape} in the file, {expected} wanted by {_where(entries[0])}")
+        elif not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
+            problems.append(f"! {key}: {array.dtype} in the file, but {_where(entries[0])} is floating point")
+    return problems
+
+
+def pieces(key_map: KeyMap, ours: Mapping[str, Shape]) -> Iterator[Piece]:
+    """The pieces that fill `ours`, in the order of the key map."""
+    for entries in by_key(key_map).values():
+        end = 0
+        for entry in entries:
+            shape, share = _place_shape(entry, ours), None
+            if len(entries) > 1:
+                start, end = end, end + entry.transform.shape(shape)[entry.axis]
+                share = slice(start, end)
+            yield Piece(entry, shape, share)
 
 
 def import_weights(
@@ -131,36 +199,19 @@ def import_weights(
 ) -> dict[str, np.ndarray]:
     """Converts foreign tensors to {path: array} for all of `ours` ({path: shape}), in the dtype of the foreign ones.
 
-    Every parameter (every index of a stacked one) must be filled exactly once, every foreign key must be used or
-    ignored by the key map, and every shape must fit. Raises one ValueError that lists everything that is wrong: "-"
-    marks what is missing, "+" what is surplus, "!" what does not fit.
+    Raises one ValueError that lists everything that is wrong, as `misfits` does.
     """
-    problems, known = _misfits(key_map, ours), {entry.key for entry in key_map.entries}
-    surplus = (key for key in foreign if key not in known and not key_map.ignores(key))
-    problems += [f"+ {key}: in the file, but no parameter wants it" for key in surplus]
+    raise_any(misfits(key_map, foreign, ours))
     result: dict[str, np.ndarray] = {}
-    for key, entries in _by_key(key_map).items():
-        if not all(_place_exists(entry, ours) for entry in entries):
-            continue  # reported by `_misfits`
-        if key not in foreign:
-            problems.append(f"- {key}: not in the file, wanted by {_where(entries[0])}")
-            continue
-        array, axis = foreign[key], entries[0].axis
-        parts = [entry.transform.shape(tuple(ours[entry.path][len(entry.index) :])) for entry in entries]
-        expected = tuple(sum(s[i] for s in parts) if i == axis else size for i, size in enumerate(parts[0]))
-        if array.shape != expected:
-            problems.append(f"! {key}: {array.shape} in the file, {expected} wanted by {_where(entries[0])}")
-            continue
-        ends = np.cumsum([shape[axis] for shape in parts[:-1]])  # where each part but the last ends
-        for entry, part in zip(entries, np.split(array, ends, axis) if len(parts) > 1 else [array]):
-            if entry.path not in result:
-                result[entry.path] = np.empty(ours[entry.path], array.dtype)
-            whole = result[entry.path]
-            if whole.dtype != array.dtype:
-                others = f"other layers of {entry.path} are {whole.dtype}"
-                problems.append(f"! {key}: {array.dtype} in the file, but {others}")
-            whole[entry.index] = entry.transform.load(part, whole.shape[len(entry.index) :])
-    _raise_any(problems)
+    problems = []
+    for piece in pieces(key_map, ours):
+        entry, array = piece.entry, piece.read(foreign)
+        whole = result.setdefault(entry.path, np.empty(ours[entry.path], array.dtype))
+        if whole.dtype != array.dtype:
+            others = f"other layers of {entry.path} are {whole.dtype}"
+            problems.append(f"! {entry.key}: {array.dtype} in the file, but {others}")
+        whole[entry.index] = array
+    raise_any(problems)
     return result
 
 
@@ -170,24 +221,26 @@ def export_weights(key_map: KeyMap, params: Mapping[str, np.ndarray]) -> dict[st
     Raises ValueError as `import_weights` does.
     """
     params = {path: np.asarray(array) for path, array in params.items()}
-    _raise_any(_misfits(key_map, {path: array.shape for path, array in params.items()}))
+    raise_any(unfilled(key_map, {path: array.shape for path, array in params.items()}))
     result = {}
-    for key, entries in _by_key(key_map).items():
+    for key, entries in by_key(key_map).items():
         parts = [entry.transform.save(params[entry.path][entry.index]) for entry in entries]
         result[key] = np.array(np.concatenate(parts, entries[0].axis) if len(parts) > 1 else parts[0], order="C")
     return result
 
 
-def _by_key(key_map: KeyMap) -> dict[str, list[Entry]]:
+def raise_any(problems: list[str]) -> None:
+    """Raises one ValueError that lists the problems, if there are any."""
+    if problems:
+        raise ValueError(f"{len(problems)} weights do not fit:\n  " + "\n  ".join(problems))
+
+
+def by_key(key_map: KeyMap) -> dict[str, list[Entry]]:
+    """Foreign key -> its entries: one, or the parts of one tensor."""
     found: dict[str, list[Entry]] = {}
     for entry in key_map.entries:
         found.setdefault(entry.key, []).append(entry)
     return found
-
-
-def _raise_any(problems: list[str]) -> None:
-    if problems:
-        raise ValueError(f"{len(problems)} weights do not fit:\n  " + "\n  ".join(problems))
 
 
 def _place_exists(entry: Entry, ours: Mapping[str, Shape]) -> bool:
@@ -197,11 +250,21 @@ def _place_exists(entry: Entry, ours: Mapping[str, Shape]) -> bool:
     return entry.path in ours and indexed
 
 
+def _place_shape(entry: Entry, ours: Mapping[str, Shape]) -> Shape:
+    return tuple(ours[entry.path][len(entry.index) :])
+
+
+def _foreign_shape(entries: list[Entry], ours: Mapping[str, Shape]) -> Shape:
+    """The shape of a foreign tensor that its entries fill."""
+    parts, axis = [entry.transform.shape(_place_shape(entry, ours)) for entry in entries], entries[0].axis
+    return tuple(sum(s[i] for s in parts) if i == axis else size for i, size in enumerate(parts[0]))
+
+
 def _where(entry: Entry) -> str:
     return entry.path + (f"[{', '.join(map(str, entry.index))}]" if entry.index else "")
 
 
-def _misfits(key_map: KeyMap, ours: Mapping[str, Shape]) -> list[str]:
+def unfilled(key_map: KeyMap, ours: Mapping[str, Shape]) -> list[str]:
     """Where the key map and our parameters disagree: unknown paths, and places that are not filled exactly once."""
     problems, filled = [], {path: {} for path in ours}
     for entry in key_map.entries:

@@ -5,13 +5,24 @@ Blocks and stages after the last tap, norms that no tap needs, and heads are lef
 
 from __future__ import annotations
 
-import re
-
 from jaxmllm.encoders.convnext import ConvNeXt
 from jaxmllm.encoders.efficientnet import EfficientNet
 from jaxmllm.encoders.swin import Swin
 from jaxmllm.encoders.vit import ViT
-from jaxmllm.weights.convert import CONV, FLAT, LEADING_ONE, KeyMap, Transform, copy, dense, ignore, join, norm, patches
+from jaxmllm.weights.convert import (
+    CONV,
+    FLAT,
+    LEADING_ONE,
+    KeyMap,
+    Transform,
+    copy,
+    dense,
+    ignore,
+    join,
+    leave_out,
+    norm,
+    patches,
+)
 
 # Vision Transformers
 
@@ -27,12 +38,12 @@ def siglip_vision(vit: ViT) -> KeyMap:
 
     Fixed-size checkpoints of SigLIP2, such as google/siglip2-so400m-patch14-384, have this layout too.
     """
-    return _clip_like(vit) + _patches("embeddings.patch_embedding", vit) + ignore(r"head\..*")
+    return _clip_like(vit) + _patches("embeddings.patch_embedding", vit) + leave_out("head")
 
 
 def siglip2_vision(vit: ViT) -> KeyMap:
     """Siglip2VisionModel (NaFlex) on square pictures; its patch embedding is a Linear over (row, column, colour)."""
-    return _clip_like(vit) + dense("embeddings.patch_embedding", "patch") + ignore(r"head\..*")
+    return _clip_like(vit) + dense("embeddings.patch_embedding", "patch") + leave_out("head")
 
 
 def _clip_like(vit: ViT) -> KeyMap:
@@ -82,7 +93,7 @@ def timm_vit(vit: ViT) -> KeyMap:
     block = join(dense("attn.qkv", f"attn/{x}") for x in "qkv") + dense("attn.proj", "attn/out", inputs=3)
     block += dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down") + norm("norm1", "norm1") + norm("norm2", "norm2")
     keys = copy("pos_embed", "positions/value", LEADING_ONE) + _patches("patch_embed.proj", vit)
-    keys += ignore(r"attn_pool\..*", r"fc_norm\..*", r"head\..*")
+    keys += leave_out("attn_pool", "fc_norm", "head")
     return keys + _blocks(vit, "blocks", block) + _final_norm(vit, "norm")
 
 
@@ -93,11 +104,11 @@ def _patches(key: str, vit: ViT) -> KeyMap:
 def _blocks(vit: ViT, key: str, block: KeyMap) -> KeyMap:
     depth = max(vit.taps)
     used = join(block.under(f"{key}.{i}.", "blocks/layers/block/", (i,)) for i in range(depth))
-    return used + ignore(*(rf"{re.escape(key)}\.{i}\..*" for i in range(depth, vit.layers)))
+    return used + leave_out(*(f"{key}.{i}" for i in range(depth, vit.layers)))
 
 
 def _final_norm(vit: ViT, key: str) -> KeyMap:
-    return norm(key, "final_norm") if vit.final_norm else ignore(rf"{key}\..*")
+    return norm(key, "final_norm") if vit.final_norm else leave_out(key)
 
 
 # Pyramids
@@ -108,7 +119,7 @@ def convnext(net: ConvNeXt) -> KeyMap:
     block = dense("pwconv1", "mlp/up") + dense("pwconv2", "mlp/down") + norm("layernorm", "norm")
     block += _conv("dwconv", "conv") + copy("layer_scale_parameter", "scale/value")
     keys = _conv("embeddings.patch_embeddings", "stem", transform=patches(4))
-    keys += norm("embeddings.layernorm", "stem_norm") + ignore(r"layernorm\..*", r"classifier\..*")
+    keys += norm("embeddings.layernorm", "stem_norm") + leave_out("layernorm", "classifier")
     return keys + _stages(net, "encoder.stages", "downsampling_layer", "layers", block)
 
 
@@ -117,7 +128,7 @@ def timm_convnext(net: ConvNeXt) -> KeyMap:
     block = dense("mlp.fc1", "mlp/up") + dense("mlp.fc2", "mlp/down") + norm("norm", "norm")
     block += _conv("conv_dw", "conv") + copy("gamma", "scale/value")
     keys = _conv("stem.0", "stem", transform=patches(4))
-    keys += norm("stem.1", "stem_norm") + ignore(r"norm_pre\..*", r"head\..*")
+    keys += norm("stem.1", "stem_norm") + leave_out("norm_pre", "head")
     return keys + _stages(net, "stages", "downsample", "blocks", block)
 
 
@@ -129,7 +140,7 @@ def _stages(net: ConvNeXt, key: str, down: str, blocks: str, block: KeyMap) -> K
             keys += _conv(f"{key}.{i - 1}.{down}.1", f"down{i}", transform=patches(2))
         for j in range(net.depths[i - 1]):
             keys += block.under(f"{key}.{i - 1}.{blocks}.{j}.", f"stage{i}/layers/block/", (j,))
-    return keys + ignore(*(rf"{key}\.{i}\..*" for i in range(last, len(net.depths))))
+    return keys + leave_out(*(f"{key}.{i}" for i in range(last, len(net.depths))))
 
 
 def swin_backbone(net: Swin) -> KeyMap:
@@ -151,11 +162,11 @@ def swin_backbone(net: Swin) -> KeyMap:
         if i < last:
             keys += norm(f"{key}.downsample.norm", f"down{i + 1}_norm")
             keys += dense(f"{key}.downsample.reduction", f"down{i + 1}", bias=False)
-    keys += ignore(rf"encoder\.layers\.{last - 1}\.downsample\..*", r"(swin\.)?layernorm\..*")
-    keys += ignore(*(rf"encoder\.layers\.{i}\..*" for i in range(last, len(net.depths))))
+    keys += leave_out(f"encoder.layers.{last - 1}.downsample", "layernorm", "swin.layernorm")
+    keys += leave_out(*(f"encoder.layers.{i}" for i in range(last, len(net.depths))))
     for i in range(1, len(net.depths) + 1):
         key = f"hidden_states_norms.stage{i}"
-        keys += norm(key, f"norm{i}") if net.norms and i in net.taps else ignore(rf"{re.escape(key)}\..*")
+        keys += norm(key, f"norm{i}") if net.norms and i in net.taps else leave_out(key)
     return keys
 
 
@@ -171,9 +182,9 @@ def efficientnet(net: EfficientNet) -> KeyMap:
     if last > len(net.blocks):
         keys += _conv("_conv_head", "head", bias=False) + _batch_norm("_bn1", "head_norm")
     else:
-        keys += ignore(r"_conv_head\..*", r"_bn1\..*")
-    unused = (rf"_blocks\.{i}\..*" for i in range(last, len(net.blocks)))
-    return keys + ignore(r"_fc\..*", r".*\.num_batches_tracked", *unused)
+        keys += leave_out("_conv_head", "_bn1")
+    keys += leave_out("_fc", *(f"_blocks.{i}" for i in range(last, len(net.blocks))))
+    return keys + ignore(r".*\.num_batches_tracked")
 
 
 def _conv(key: str, path: str, bias: bool = True, transform: Transform = CONV) -> KeyMap:

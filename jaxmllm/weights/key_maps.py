@@ -20,30 +20,34 @@ from jaxmllm.weights.convert import FLAT, FLAT_GRID, LEADING_ONE, Entry, KeyMap,
 # Language models
 
 
-def llama(decoder: Decoder) -> KeyMap:
-    """LlamaForCausalLM, Qwen2ForCausalLM (which has biases on q, k, v) and others with the same keys."""
+def llama(decoder: Decoder, body: str = "model", head: str = "lm_head") -> KeyMap:
+    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM (which has biases on q, k, v), others with the same keys.
+
+    body, head: prefixes of the layers and of the output table, which differ inside multimodal models.
+    """
     bias = decoder.qkv_bias
     attention = join(dense(f"self_attn.{x}_proj", f"attn/{x}", bias=bias) for x in "qkv")
     mlp = join(dense(f"mlp.{x}_proj", f"mlp/{x}", bias=False) for x in ("gate", "up"))
-    return _causal_lm(decoder, attention + mlp)
+    return _causal_lm(decoder, attention + mlp, body, head)
 
 
-def phi3(decoder: Decoder) -> KeyMap:
+def phi3(decoder: Decoder, body: str = "model", head: str = "lm_head") -> KeyMap:
     """Phi3ForCausalLM: like Llama, but q, k, v are one tensor, and gate and up are another."""
     attention = join(dense("self_attn.qkv_proj", f"attn/{x}", bias=False) for x in "qkv")
     mlp = join(dense("mlp.gate_up_proj", f"mlp/{x}", bias=False) for x in ("gate", "up"))
-    return _causal_lm(decoder, attention + mlp)
+    return _causal_lm(decoder, attention + mlp, body, head)
 
 
-def _causal_lm(decoder: Decoder, block: KeyMap) -> KeyMap:
+def _causal_lm(decoder: Decoder, block: KeyMap, body: str, head: str) -> KeyMap:
     block += dense("self_attn.o_proj", "attn/out", inputs=3, bias=False)
     block += dense("mlp.down_proj", "mlp/down", bias=False)
     block += norm("input_layernorm", "norm1", bias=False) + norm("post_attention_layernorm", "norm2", bias=False)
     block += ignore(r"self_attn\.rotary_emb\.inv_freq")  # a constant in old checkpoints
-    keys = copy("model.embed_tokens.weight", "embedding/embedding") + norm("model.norm", "norm", bias=False)
+    table, output = f"{body}.embed_tokens.weight", f"{head}.weight"
+    keys = copy(table, "embedding/embedding") + norm(f"{body}.norm", "norm", bias=False)
     for i in range(decoder.layers):
-        keys += block.under(f"model.layers.{i}.", "blocks/layers/block/", (i,))
-    return keys + (ignore(r"lm_head\.weight") if decoder.tied else copy("lm_head.weight", "lm_head/embedding"))
+        keys += block.under(f"{body}.layers.{i}.", "blocks/layers/block/", (i,))
+    return keys + (KeyMap(equal=((output, table),)) if decoder.tied else copy(output, "lm_head/embedding"))
 
 
 # The visual path
@@ -144,6 +148,11 @@ def cambrian(model: MLLM) -> KeyMap:
         for j in range(model.llm.inserts.count):
             keys += layer.under(f"model.vision_sampler_layers.{j}.layers.0.", "llm/visual/layers/layer/", (j,))
     return keys
+
+
+def llava_projector(key: str = "multi_modal_projector") -> KeyMap:
+    """The projector of LlavaForConditionalGeneration."""
+    return join(dense(f"{key}.linear_{i + 1}", f"projector/linear_{i}") for i in range(2))
 
 
 def llava(model: MLLM) -> KeyMap:

@@ -1,42 +1,106 @@
 """Reads and writes Hugging Face folders of safetensors files, without torch.
 
-The format holds arrays and nothing that could be executed. A tensor is read when it is looked up; bfloat16 is read as
-ml_dtypes.bfloat16.
+The format holds arrays and nothing that could be executed. Files are mapped into memory: a tensor is a read-only view
+of its file, so looking one up costs nothing, and only the pages whose elements are used are ever read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The format's names of data types that weights come in. Others are refused when the file is opened.
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+}  # fmt: skip
+
+
+class File(Mapping[str, np.ndarray]):
+    """The tensors of one file: name -> read-only view.
+
+    Raises ValueError, in one line, for a file that is damaged, cut off, or has data types that are not known here.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(path, "numpy"):  # checks the header: its syntax, no gaps or overlaps, the length of the file
+                pass
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from None
+        self._start = 8 + int.from_bytes(self._map[:8], "little")
+        self.header = self._map[: self._start]
+        self._tensors = {name: x for name, x in json.loads(self.header[8:]).items() if name != "__metadata__"}
+        for name, x in self._tensors.items():
+            self._check(name, **x)
+
+    def _check(self, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> None:
+        begin, end = data_offsets
+        if dtype not in DTYPES:
+            raise ValueError(f"cannot read {self.path}: tensor {name!r} has data type {dtype}")
+        size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        if end - begin != size or begin < 0 or self._start + end > len(self._map):
+            raise ValueError(f"cannot read {self.path}: tensor {name!r} does not have the {size} bytes of its shape")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self._map)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        x = self._tensors[name]
+        shape, dtype, offset = x["shape"], DTYPES[x["dtype"]], self._start + x["data_offsets"][0]
+        return np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Folder(Mapping[str, np.ndarray]):
-    """A mapping from tensor name to array that reads from disk at each access."""
+    """The tensors of several files: name -> read-only view."""
 
-    def __init__(self, files: Mapping[str, Path]):
-        """files: tensor name -> the file that holds it."""
-        self._files = dict(files)
-        self._open = {path: _open(path) for path in set(self._files.values())}
-        stored = {path: set(file.keys()) for path, file in self._open.items()}
-        for name, path in self._files.items():
-            if name not in stored[path]:
-                raise ValueError(f"{path} has no tensor {name!r}, although {INDEX} lists it")
+    def __init__(self, files: Mapping[str, File], weight_map: Mapping[str, str]):
+        """weight_map: tensor name -> file name, as the index says. Tensors that the index leaves out are found too."""
+        self.files = files
+        self._place = {name: file for file in files.values() for name in file}
+        for name, file in weight_map.items():
+            if name not in files[file]:
+                raise ValueError(f"{files[file].path} has no tensor {name!r}, although {INDEX} lists it")
+            self._place[name] = files[file]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the names, sizes and headers of the files; their contents are not read."""
+        digest = hashlib.sha256()
+        for name, file in sorted(self.files.items()):
+            digest.update(f"{name}\n{file.size}\n".encode() + file.header)
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._open[self._files[name]].get_tensor(name)
+        return self._place[name][name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._place)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._place)
 
 
 def open_folder(path: str | Path) -> Folder:
@@ -46,20 +110,16 @@ def open_folder(path: str | Path) -> Folder:
     """
     path = Path(path)
     if (path / INDEX).is_file():
-        shards = json.loads((path / INDEX).read_text())["weight_map"]
-        return Folder({name: path / file for name, file in shards.items()})
+        try:
+            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"cannot read {path / INDEX}: it is not the index of safetensors files") from None
+        return Folder({name: File(path / name) for name in names}, weight_map)
     file = path / SINGLE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no safetensors in {path}: neither {INDEX} nor {SINGLE} is there")
-    names = _open(file).keys()
-    return Folder(dict.fromkeys(names, file))
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, "numpy")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+    return Folder({file.name: File(file)}, {})
 
 
 def write_folder(path: str | Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = 5 * 10**9) -> None:

@@ -1,0 +1,179 @@
+"""What the config.json of a Hugging Face folder says of a part: the fields of our module, and what we cannot build.
+
+config.json is read by transformers' own classes, which know the defaults of fields that older files leave out.
+Rates of dropout belong to a recipe of training and are not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# model_type -> part -> the place of its config inside config.json ("" is the whole)
+LLMS = {name: {"llm": ""} for name in ("llama", "mistral", "qwen2", "phi3")}
+ENCODERS = {
+    **{name: {"encoder": ""} for name in ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")},
+    **{name: {"encoder": ""} for name in ("dinov2", "dinov2_with_registers", "dinov3_vit", "convnext", "swin")},
+    **{name: {"encoder": "vision_config"} for name in ("clip", "siglip", "siglip2")},
+    "oneformer": {"encoder": "backbone_config"},
+}
+LLAVA = {"llava": {"llm": "text_config", "encoder": "vision_config", "aggregator": ""}}
+HELD = LLMS | ENCODERS | LLAVA
+
+ACTIVATIONS = {  # transformers' name -> ours
+    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu",
+    "relu": "relu", "silu": "silu", "swish": "silu",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A part as config.json describes it.
+
+    kind: class of our module. fields: its fields. names: field -> its name in config.json, for the fields in which a
+    module must agree with the folder; the others are choices. refused: what the folder says and no module can do.
+    """
+
+    kind: str
+    fields: Mapping[str, Any]
+    names: Mapping[str, str]
+    refused: tuple[str, ...] = ()
+
+
+def read_config(folder: str | Path) -> Any:
+    """The folder's config.json as an object of transformers.
+
+    Raises ValueError, in one line, if it is missing or damaged, has an unknown model_type, or describes quantised
+    weights.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    if "stages" in raw:
+        raise ValueError(f"{folder} is a workdir of jaxmllm; write it as run:{folder}")
+    check_model_type(raw.get("model_type"), HELD, f"{path}: model_type")
+    if "quantization_config" in raw:
+        raise ValueError(f"{path}: quantization_config: quantised weights cannot be read; use the original ones")
+    # Without PyTorch, transformers says at import that its models are missing; only its configs are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(**raw)
+    except Exception as error:  # a wrong value raises almost anything
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    for part, place in HELD[config.model_type].items():
+        known = {"llm": LLMS, "encoder": ENCODERS}.get(part)
+        if place and known:
+            check_model_type(getattr(config, place).model_type, known, f"{path}: {place}.model_type")
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, in one line."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError:
+        raise ValueError(f"no {path.name} in {path.parent}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"cannot read {path}: it holds no JSON object")
+    return found
+
+
+def check_model_type(name: str | None, known: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError, which lists the known ones, for an unknown model_type."""
+    if name not in known:
+        raise ValueError(f"{where} {name!r} is not known; known: {', '.join(sorted(known))}")
+
+
+def part_config(config: Any, part: str) -> Any:
+    """The config of the "llm", "encoder" or "aggregator" inside a folder's config. Raises ValueError if it has none."""
+    held = HELD[config.model_type]
+    if part not in held:
+        raise ValueError(f"a {config.model_type} folder holds {', '.join(held)}, not {part}")
+    return getattr(config, held[part]) if held[part] else config
+
+
+def only(config: Any, **values: Any) -> tuple[str, ...]:
+    """A line for each field of a config that has another value than the only one that can be built here."""
+    found = {name: getattr(config, name, value) for name, value in values.items()}
+    return tuple(
+        f"{name} {found[name]!r} cannot be built here, only {value!r}"
+        for name, value in values.items()
+        if found[name] != value
+    )
+
+
+def decoder(config: Any, length: int | None = None) -> Description:
+    """The language model of a folder. length: tokens of the longest sequence; default: max_position_embeddings."""
+    text = part_config(config, "llm")
+    names = {
+        "vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "eps": "rms_norm_eps",
+    }  # fmt: skip
+    rope = getattr(text, "rope_parameters", None) or {}
+    fields = {ours: getattr(text, theirs) for ours, theirs in names.items()}
+    fields |= {
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "rope_theta": float(rope.get("rope_theta") or 0),
+        "tied": bool(config.tie_word_embeddings),
+        "qkv_bias": text.model_type == "qwen2",
+    }
+    names |= {"head_dim": "head_dim", "rope_theta": "rope_theta", "tied": "tie_word_embeddings", "qkv_bias": "qkv_bias"}
+    refused = only(text, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    if rope.get("rope_type") != "default":
+        refused += (f"rope_scaling of type {rope.get('rope_type')!r} cannot be built here, only plain rotary angles",)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refused += (f"partial_rotary_factor {rope['partial_rotary_factor']} cannot be built here, only 1.0",)
+    window, length = getattr(text, "sliding_window", None), length or text.max_position_embeddings
+    if window and window < length:
+        refused += (
+            f"sliding_window {window} is shorter than {length} tokens, and this decoder attends to all of them; "
+            f"give length={window} if no sequence is longer",
+        )
+    return Description("Decoder", fields, names, refused)
+
+
+def projector(config: Any) -> Description:
+    """The projector of a LLaVA folder."""
+    text = part_config(config, "llm")
+    fields, names = {"llm_width": text.hidden_size, "depth": 2}, {"llm_width": "hidden_size", "depth": "depth"}
+    refused = only(config, projector_hidden_act="gelu", multimodal_projector_bias=True)
+    return Description("MLPProjector", fields, names, refused + only(config, **select_strategy(config)))
+
+
+def select_strategy(config: Any) -> dict[str, str]:
+    """The strategy with which LLaVA reads all patches of its tower and nothing else."""
+    tower = part_config(config, "encoder").model_type
+    return {"vision_feature_select_strategy": "full" if tower.startswith("siglip") else "default"}
+
+
+def differences(described: Description, module: Any) -> list[str]:
+    """The fields in which a module disagrees with the folder, and what the folder says that no module can do."""
+    kind = type(module).__name__
+    if kind != described.kind:
+        return [f"{described.kind} there, {kind} here"]
+    lines = []
+    for field, theirs in described.names.items():
+        there, here = described.fields[field], effective(module, field)
+        if _comparable(there) != _comparable(here):
+            lines.append(f"{theirs} {there} there, {field} {here} here")
+    return lines + list(described.refused)
+
+
+def effective(module: Any, field: str) -> Any:
+    """The value of a module's field, or what None stands for."""
+    value = getattr(module, field)
+    if field == "head_dim" and value is None:
+        return module.width // module.heads
+    return module.grid if field == "table" and value is None else value
+
+
+def _comparable(value: Any) -> Any:
+    # open_clip runs SigLIP's weights with the exact GELU, transformers with the tanh form.
+    return "gelu" if value == "gelu_tanh" else tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,120 @@
+"""Where the weights of a part come from: a Hugging Face folder, the hub (hub.py), or a workdir of ours (workdir.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmllm.weights import families
+from jaxmllm.weights.convert import KeyMap, misfits
+from jaxmllm.weights.hf_config import differences, read_config
+from jaxmllm.weights.hub import download
+from jaxmllm.weights.load import Abstract, load_arrays, unequal
+from jaxmllm.weights.safetensors import Folder, open_folder
+from jaxmllm.weights.workdir import WorkdirPart, WorkdirSource, open_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """A Hugging Face folder. name: what a report calls it."""
+
+    name: str
+    path: Path
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """config.json. Raises ValueError."""
+        return read_config(self.path)
+
+    @functools.cached_property
+    def folder(self) -> Folder:
+        """The tensors. Raises ValueError."""
+        return open_folder(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the names, sizes and headers of the files with the tensors."""
+        return self.folder.fingerprint
+
+    def part(self, name: str, module: Any, abstract: Abstract, length: int | None) -> FolderPart:
+        """A part in the folder."""
+        return FolderPart(self, name, module, abstract, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderPart:
+    """A part that is to be loaded from a folder. abstract: its parameters. length: see families.check_sizes."""
+
+    source: FolderSource
+    name: str
+    module: Any
+    abstract: Abstract
+    length: int | None
+
+    @functools.cached_property
+    def key_map(self) -> KeyMap:
+        """The part's key map, with whole paths of parameters. Raises ValueError."""
+        source = self.source
+        found = families.key_map(source.config, self.name, self.module, source.folder.keys())
+        return found.under("", self.name.replace(".", "_") + "/")
+
+    def problems(self) -> list[str]:
+        """All differences in size in one line, else all tensors that do not fit. Reads only config.json and headers."""
+        config = self.source.config
+        sizes = differences(families.describe(config, self.name, self.module, self.length), self.module)
+        if sizes:
+            return [f"{'; '.join(sizes)} ({self.source.name})"]
+        return misfits(self.key_map, self.source.folder, {path: x.shape for path, x in self.abstract.items()})
+
+    def different_numbers(self) -> list[str]:
+        """What is wrong with the numbers of tensors, once there are no `problems`."""
+        return unequal(self.key_map, self.source.folder)
+
+    def load(self) -> dict[str, jax.Array]:
+        """The part's parameters."""
+        return load_arrays(self.key_map, self.source.folder, self.abstract)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors are read."""
+        return len({entry.key for entry in self.key_map.entries})
+
+    @property
+    def left_out(self) -> str:
+        """The modules in the folder that no tap needs, in one line."""
+        heads = {key[:end] for key in self.source.folder for end in (i for i, c in enumerate(key + ".") if c == ".")}
+        unused = [module for module in self.key_map.left_out if module in heads]
+        return f"{', '.join(ranges(unused))}: after the last tap" if unused else ""
+
+
+def open_source(text: str) -> FolderSource | WorkdirSource:
+    """FOLDER, hf:org/name@revision or run:WORKDIR[/stage[/step]]. Raises ValueError, in one line."""
+    if text.startswith("run:"):
+        return open_workdir(text)
+    if text.startswith("hf:"):
+        return FolderSource(*download(text))
+    if not Path(text).is_dir():
+        raise ValueError(f"{text} is no folder; a source is FOLDER, hf:org/name@revision, run:WORKDIR or random")
+    return FolderSource(text, Path(text))
+
+
+def ranges(names: list[str]) -> list[str]:
+    """["layers.3", "layers.4", "norm"] -> ["layers.3 to 4", "norm"]: consecutive numbers become one entry."""
+    found: list[tuple[str, int, int]] = []  # (text before the number, first, last); -1 for no number
+    for name in names:
+        stem, _, number = name.rpartition(".")
+        if not number.isdigit():
+            found.append((name, -1, -1))
+        elif found and found[-1][0] == stem and found[-1][2] + 1 == int(number):
+            found[-1] = (stem, found[-1][1], int(number))
+        else:
+            found.append((stem, int(number), int(number)))
+    show = {True: "{0}.{1} to {2}", False: "{0}.{1}"}
+    return [stem if last < 0 else show[last > first].format(stem, first, last) for stem, first, last in found]
+
+
+Part = FolderPart | WorkdirPart

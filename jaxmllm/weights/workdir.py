@@ -1,0 +1,117 @@
+"""Weights from a workdir of ours: run:WORKDIR[/stage[/step]]."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmllm.recipes import check_format
+from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
+from jaxmllm.weights.hf_config import read_json
+from jaxmllm.weights.load import Abstract
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkdirSource:
+    """The parameters after a step of a stage."""
+
+    workdir: Path
+    stage: str
+    step: int
+    checkpoints: StageCheckpoints
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        return f"run:{self.workdir}/{self.stage}/{self.step}"
+
+    @functools.cached_property
+    def stored(self) -> Mapping[str, Any]:
+        """Path -> metadata of all parameters."""
+        return self.checkpoints.stored_params(self.step)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the workdir's config, of stage and step, and of the names, shapes and dtypes of all parameters."""
+        facts = sorted((path, list(x.shape), str(x.dtype)) for path, x in self.stored.items())
+        text = (self.workdir / "config.json").read_text() + json.dumps([self.stage, self.step, facts])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def part(self, name: str, module: Any, abstract: Abstract, length: int | None) -> WorkdirPart:
+        """A part in the workdir."""
+        return WorkdirPart(self, name, abstract)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkdirPart:
+    """A part that is to be loaded from a workdir. abstract: its parameters."""
+
+    source: WorkdirSource
+    name: str
+    abstract: Abstract
+
+    def problems(self) -> list[str]:
+        """Parameters that are missing or have other shapes, in one line."""
+        there = {path: tuple(x.shape) for path, x in self.source.stored.items()}
+        missing = [path for path in self.abstract if path not in there]
+        if len(missing) == len(self.abstract):
+            return [f"{self.source.name} has no such part; parts: {', '.join(sorted({part_of(p) for p in there}))}"]
+        others = {path: x.shape for path, x in self.abstract.items() if there.get(path, x.shape) != x.shape}
+        lines = [f"{path} is not there" for path in missing]
+        lines += [f"{path} {there[path]} there, {shape} here" for path, shape in others.items()]
+        return [f"{'; '.join(lines)} ({self.source.name})"] if lines else []
+
+    def different_numbers(self) -> list[str]:
+        """Nothing: a workdir holds every table once."""
+        return []
+
+    def load(self) -> dict[str, jax.Array]:
+        """The part's parameters."""
+        return self.source.checkpoints.restore_params(dict(self.abstract), self.source.step)
+
+    @property
+    def tensors(self) -> int:
+        """How many arrays are read."""
+        return len(self.abstract)
+
+    @property
+    def left_out(self) -> str:
+        """Nothing is left out."""
+        return ""
+
+
+def open_workdir(text: str) -> WorkdirSource:
+    """run:WORKDIR[/stage[/step]]; by default the newest step of the newest stage. Raises ValueError, in one line."""
+    path = Path(text.removeprefix("run:"))
+    roots = [root for root in (path, path.parent, path.parent.parent) if (root / "config.json").is_file()]
+    if not roots:
+        raise ValueError(f"{text}: {path} is no workdir, for it has no config.json")
+    workdir, given = roots[0], path.relative_to(roots[0]).parts
+    document = read_json(workdir / "config.json")
+    check_format(document, f"{workdir}/config.json")
+    stages = [stage["name"] for stage in document["stages"]]
+    if given and given[0] not in stages:
+        raise ValueError(f"{text}: there is no stage {given[0]!r}; stages: {', '.join(stages)}")
+    by_stage = dict(zip(stages, open_checkpoints(str(workdir), stages)))
+    for stage in given[:1] or reversed(stages):
+        checkpoints = by_stage[stage]
+        steps = sorted(checkpoints.manager.all_steps())
+        if given[1:] and given[1] not in map(str, steps):
+            raise ValueError(f"{text}: stage {stage} has no step {given[1]}; steps: {', '.join(map(str, steps))}")
+        if steps:
+            return WorkdirSource(workdir, stage, int(given[1]) if given[1:] else steps[-1], checkpoints)
+    raise ValueError(f"{text}: there is no checkpoint yet")
+
+
+def part_of(path: str) -> str:
+    """The part that a parameter belongs to: "encoders_clip/blocks/.." -> "encoders.clip"."""
+    head = path.split("/")[0]
+    kind, _, name = head.partition("_")
+    return f"{kind}.{name}" if kind in ("encoders", "fusers", "objectives") else head
