@@ -183,3 +183,12 @@ class Run:
     def data_of(self, stage: Stage) -> Data:
         """How records become rows in a stage."""
         return dataclasses.replace(self.data, **stage.data)
+
+
+def part_of(path: str) -> str:
+    """The part that a parameter belongs to: "encoders_clip/blocks/.." -> "encoders.clip"."""
+    if path.startswith("llm/visual/"):  # the visual layers inside the language model are no part of its folder
+        return "inserts"
+    head = path.split("/")[0]
+    kind, _, name = head.partition("_")
+    return f"{kind}.{name}" if kind in ("encoders", "fusers", "objectives") else head

@@ -65,6 +65,14 @@ def write_json(path: str | Path, figures: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def say(*lines: Any) -> None:
+    """Prints lines to stderr, from the first process only."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
 def counter(what: str) -> Callable[[int, int], None] | None:
     """progress(done, total) that shows a long job as one line that counts; None if stdout is not a terminal."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from jaxmllm.cli import common
@@ -30,12 +31,22 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.eval.periodic import StageEvals
     from jaxmllm.train import loop, stop
     from jaxmllm.train.profile import parse_steps
+    from jaxmllm.weights.parts import load_parts
 
     profile = parse_steps(args.profile) if args.profile else None
     processes.join_processes(args.distributed)
     check_data(config)
     evals = {stage.name: StageEvals(config, stage, workdir) for stage in config.stages}
+
+    def load(config, abstract, rates):
+        """Loads the parts that have a source, and says for each part what it starts from."""
+        longest = max(config.data_of(stage).seq_len for stage in config.stages)
+        arrays, reports = load_parts(config.model, config.init.sources(), abstract, rates=rates, length=longest)
+        common.say(*reports)
+        return arrays, [dataclasses.asdict(report) for report in reports]
+
     try:
-        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir), evals, profile)
+        hooks = loop.Hooks(lambda stage: make_loader(config, stage, workdir), load, evals, profile)
+        loop.run(config, workdir, hooks)
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)

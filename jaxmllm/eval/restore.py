@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm.config import Run, Stage
+from jaxmllm.errors import ConfigError
 from jaxmllm.eval.answer import Answerer
 from jaxmllm.recipes import override, read_run
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints

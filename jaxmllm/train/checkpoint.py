@@ -54,6 +54,10 @@ class StageCheckpoints:
         """The folder of the newest complete step, None if there is none."""
         return str(self.manager.directory / str(self.latest())) if self.latest() is not None else None
 
+    def saved_record(self) -> dict[str, Any]:
+        """The record in the newest checkpoint."""
+        return self.manager.restore(self.latest(), args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
         """Starts writing; returns when the arrays have been copied off the device."""
         step = int(jax.device_get(state.step))

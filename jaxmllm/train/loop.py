@@ -21,8 +21,23 @@ from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.train.metrics import Reporter, report
 from jaxmllm.train.profile import Profiler
-from jaxmllm.train.setup import check_stages, claim_workdir, start_stage
+from jaxmllm.train.setup import LoadParts, check_stages, claim_workdir, start_stage
 from jaxmllm.train.stop import Stopped, StopSignal
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a run gets from outside: train/ knows neither data sets, nor weights of others, nor evaluation.
+
+    evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state) makes
+    them and returns the seconds that it took. profile: first and last step to trace, of the first stage that is
+    trained.
+    """
+
+    make_loader: Callable[[Stage], Any]
+    load_parts: LoadParts
+    evals: Mapping[str, Any]
+    profile: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +47,7 @@ class Session:
     config: Run
     workdir: str
     mesh: jax.sharding.Mesh
-    make_loader: Callable[[Stage], Any]
-    evals: Mapping[str, Any]
+    hooks: Hooks
     stop: StopSignal
     profiler: Profiler
 
@@ -47,29 +61,21 @@ class StageTools:
     reporter: Reporter
 
 
-def run(
-    config: Run,
-    workdir: str,
-    make_loader: Callable[[Stage], Any],
-    evals: Mapping[str, Any],
-    profile: tuple[int, int] | None = None,
-) -> None:
-    """Trains all stages of `config` in `workdir` on the batches of `make_loader(stage)`.
+def run(config: Run, workdir: str, hooks: Hooks) -> None:
+    """Trains all stages of `config` in `workdir`.
 
-    evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state) makes
-    them and returns the seconds that it took. profile: first and last step to trace, of the first stage that is
-    trained. Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss
-    or gradient that is not finite.
+    Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss or
+    gradient that is not finite.
     """
     mesh = config.mesh.build()
-    with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(profile, workdir)) as profiler:
+    with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(hooks.profile, workdir)) as profiler:
         check_stages(config, mesh)
         claim_workdir(config, workdir)
-        session = Session(config, workdir, mesh, make_loader, evals, stop, profiler)
+        session = Session(config, workdir, mesh, hooks, stop, profiler)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))
         for stage, checkpoints in zip(config.stages, all_checkpoints):
-            if checkpoints.latest() != stage.steps or evals[stage.name].due(stage.steps):
+            if checkpoints.latest() != stage.steps or hooks.evals[stage.name].due(stage.steps):
                 run_stage(session, stage, checkpoints)
 
 
@@ -79,9 +85,9 @@ def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> 
     session.profiler.check(stage.name, done, stage.steps)
     _, parts = process_rows(session.mesh)
     reporter = Reporter(session.config, stage, session.workdir, done, parts)
-    tools = StageTools(session.make_loader(stage), checkpoints, reporter)
+    tools = StageTools(session.hooks.make_loader(stage), checkpoints, reporter)
     try:
-        state, position, step = start_stage(session.config, stage, session.mesh, checkpoints)
+        state, position, step = start_stage(session.config, stage, session.mesh, checkpoints, session.hooks.load_parts)
         if position is not None:
             tools.loader.set_state(position)
         train(session, stage, tools, state, step)
@@ -97,7 +103,7 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
     done, pending = int(state.step), None
     reporter.say(f"stage {stage.name}: steps {done} to {stage.steps}, compiling ...")
     with jax.transfer_guard("disallow"):
-        session.evals[stage.name](done, state)  # what a run that was interrupted here has not evaluated
+        session.hooks.evals[stage.name](done, state)  # what a run that was interrupted here has not evaluated
         while done < stage.steps:
             start = time.perf_counter()
             rows, info = next(tools.loader)
@@ -120,4 +126,4 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
             reporter.look_for_unreached(done, state)
             if stopping:
                 raise Stopped(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
-            reporter.window_start += session.evals[stage.name](done, state)
+            reporter.window_start += session.hooks.evals[stage.name](done, state)

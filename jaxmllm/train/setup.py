@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import Run, Stage
+from jaxmllm.config import Run, Stage, part_of
 from jaxmllm.errors import ConfigError
 from jaxmllm.nn.param_info import ParamInfo, describing
 from jaxmllm.recipes import check_resumable, to_document
@@ -23,6 +23,10 @@ from jaxmllm.train.compiler import options
 from jaxmllm.train.optim import is_trained, transformation
 from jaxmllm.train.state import Params, TrainState, flatten, match_rules, split
 from jaxmllm.train.step import make_step
+
+# (config, abstract parameters, path -> factor of the rate or None if frozen) -> the parameters that have a source, and
+# what each part starts from, as JSON data.
+LoadParts = Callable[[Run, Params, dict[str, float | None]], tuple[Params, list[dict[str, Any]]]]
 
 
 def claim_workdir(config: Run, workdir: str) -> None:
@@ -94,10 +98,10 @@ def check_stages(config: Run, mesh: jax.sharding.Mesh) -> None:
     """
     abstract, infos = abstract_params(config, mesh)
     sources = config.init.sources()
-    random = {part_of(config, path) for path in abstract} - set(sources)
+    random = {part_of(path) for path in abstract} - set(sources)
     for stage in config.stages:
         check_micro_batch(config, stage)
-        random -= {part_of(config, path) for path in trained_paths(stage, infos)}
+        random -= {part_of(path) for path in trained_paths(stage, infos)}
         for part in sorted(random if "rest" not in sources else ()):
             raise ConfigError(
                 f"stage {stage.name} freezes {part} with random weights; say where its weights come from, "
@@ -117,35 +121,41 @@ def trained_paths(stage: Stage, infos: dict[str, ParamInfo]) -> set[str]:
     return {path for path, info in infos.items() if is_trained(table[path], info)}
 
 
-def part_of(config: Run, path: str) -> str:
-    """The part of `init` that a parameter belongs to, e.g. "encoders.clip"; "rest" if to none."""
-    for part in config.parts():
-        prefix = part.replace(".", "_", 1) + "/"
-        if path.startswith(prefix) and not path.startswith("llm/visual/"):
-            return part
-    return "rest"
-
-
 def start_stage(
-    config: Run, stage: Stage, mesh: jax.sharding.Mesh, checkpoints: StageCheckpoints
+    config: Run, stage: Stage, mesh: jax.sharding.Mesh, checkpoints: StageCheckpoints, load_parts: LoadParts
 ) -> tuple[TrainState, Any, Callable]:
     """-> (state, data position or None, jitted step).
 
     The state comes from the stage's newest checkpoint, else it starts from the parameters of the previous stage, else
-    from the sources of `init`. Raises ConfigError if the stage's rules do not cover the parameters.
+    from the sources of `init`. Raises ConfigError if the stage's rules do not cover the parameters, ValueError if
+    weights do not fit.
     """
     abstract, new_train_state, step = stage_program(config, stage, mesh)
     state = abstract_on(mesh, jax.eval_shape(new_train_state, abstract))
     if checkpoints.latest() is not None:
+        checkpoints.record["init"] = checkpoints.saved_record()["init"]
         return *checkpoints.restore(state), step
     if checkpoints.previous:
+        checkpoints.record["init"] = checkpoints.previous.saved_record()["init"]
         params = checkpoints.previous.restore_params(abstract)
     else:
-        params = first_params(config, abstract)
+        table = match_rules(stage.rules, list(abstract))
+        rates = {path: table[path].lr if path in state.trainable else None for path in abstract}
+        params, reports = first_params(config, abstract, rates, load_parts)
+        checkpoints.record["init"] = reports
         checkpoints.save_frozen({path: params[path] for path in state.frozen})
     return jax.jit(new_train_state, donate_argnums=0)(params), None, step
 
 
-def first_params(config: Run, abstract: Params) -> Params:
-    """The parameters before the first stage: from the sources of `init`, else at random."""
-    return jax.jit(lambda: initial_params(config))()
+def first_params(
+    config: Run, abstract: Params, rates: dict[str, float | None], load_parts: LoadParts
+) -> tuple[Params, list[dict[str, Any]]]:
+    """-> (the parameters before the first stage: from the sources of `init`, the others at random; reports)."""
+    loaded, reports = load_parts(config, abstract, rates)
+    random = [path for path in abstract if path not in loaded]
+
+    def others() -> Params:
+        params = initial_params(config)
+        return {path: params[path] for path in random}
+
+    return loaded | (jax.jit(others)() if random else {}), reports

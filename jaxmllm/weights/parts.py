@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxmllm.config import part_of
 from jaxmllm.weights.load import Abstract
 from jaxmllm.weights.sources import Part, open_source
-from jaxmllm.weights.workdir import part_of
 
 RANDOM, REST = "random", "rest"
 Rates = Mapping[str, float | None]  # path -> factor of the learning rate, None: frozen
@@ -66,8 +66,8 @@ def load_parts(
     model: an MLLM. sources: part -> FOLDER, hf:org/name@revision, run:WORKDIR[/stage[/step]] or "random". Parts are
     "llm", "encoders.NAME", "fusers.NAME", "aggregator", "objectives.NAME"; "rest" stands for all that are not named
     (default: random). abstract: path -> shape, dtype and sharding of every parameter of the model; the arrays get
-    these. rates are for the reports. length: tokens of the longest sequence; a language model with a shorter sliding
-    window is refused.
+    these. rates: path -> factor of the learning rate, None if frozen; a frozen parameter keeps the dtype of its file.
+    length: tokens of the longest sequence; a language model with a shorter sliding window is refused.
 
     All processes must call this together. Raises one ValueError that lists everything that is wrong with any source,
     before the first tensor is loaded.
@@ -81,8 +81,10 @@ def load_parts(
         problems += _about(name, part.different_numbers)
     agree([f"{name} {part.source.fingerprint}" for name, part in parts.items()] if not problems else [], problems)
     arrays: dict[str, jax.Array] = {}
-    for part in parts.values():
-        arrays |= part.load()
+    for name, part in parts.items():
+        dtypes = {path: part.stored_dtype(path) for path in own[name] if rates is not None and rates[path] is None}
+        own[name] = {path: x.update(dtype=dtypes.get(path, x.dtype)) for path, x in own[name].items()}
+        arrays |= dataclasses.replace(part, abstract=own[name]).load()
     return arrays, [report(name, parts.get(name), params, rates) for name, params in own.items()]
 
 

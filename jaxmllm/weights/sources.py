@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmllm.weights import families
 from jaxmllm.weights.convert import KeyMap, misfits
@@ -73,6 +74,11 @@ class FolderPart:
     def different_numbers(self) -> list[str]:
         """What is wrong with the numbers of tensors, once there are no `problems`."""
         return unequal(self.key_map, self.source.folder)
+
+    def stored_dtype(self, path: str) -> np.dtype:
+        """The dtype in which the file has a parameter."""
+        key = next(entry.key for entry in self.key_map.entries if entry.path == path)
+        return self.source.folder[key].dtype
 
     def load(self) -> dict[str, jax.Array]:
         """The part's parameters."""

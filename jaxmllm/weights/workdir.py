@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from jaxmllm.config import part_of
 from jaxmllm.recipes import check_format
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.weights.hf_config import read_json
@@ -72,6 +74,10 @@ class WorkdirPart:
         """Nothing: a workdir holds every table once."""
         return []
 
+    def stored_dtype(self, path: str) -> np.dtype:
+        """The dtype in which the checkpoint has a parameter."""
+        return np.dtype(self.source.stored[path].dtype)
+
     def load(self) -> dict[str, jax.Array]:
         """The part's parameters."""
         return self.source.checkpoints.restore_params(dict(self.abstract), self.source.step)
@@ -108,10 +114,3 @@ def open_workdir(text: str) -> WorkdirSource:
         if steps:
             return WorkdirSource(workdir, stage, int(given[1]) if given[1:] else steps[-1], checkpoints)
     raise ValueError(f"{text}: there is no checkpoint yet")
-
-
-def part_of(path: str) -> str:
-    """The part that a parameter belongs to: "encoders_clip/blocks/.." -> "encoders.clip"."""
-    head = path.split("/")[0]
-    kind, _, name = head.partition("_")
-    return f"{kind}.{name}" if kind in ("encoders", "fusers", "objectives") else head

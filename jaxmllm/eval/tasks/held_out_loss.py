@@ -15,11 +15,11 @@ from jaxmllm import host_batches
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.config import Run, Source, Stage
-from jaxmllm.errors import ConfigError, suggest
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.one_pass import one_pass
 from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.sources.record import BadSample
+from jaxmllm.errors import ConfigError, suggest
 from jaxmllm.eval.lines import append_line
 from jaxmllm.eval.tasks.base import Measure, Note, Result, number
 from jaxmllm.train.compiler import options
