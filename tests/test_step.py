@@ -8,21 +8,16 @@ import numpy as np
 import pytest
 
 from jaxmllm import host_batches
-from jaxmllm.batch import IGNORE_LABEL, Batch, empty_batch
-from jaxmllm.mesh import Mesh
-from jaxmllm.recipes import load
 from jaxmllm.train.setup import initial_params, stage_program
 from jaxmllm.train.state import unflatten
+from tests.step_case import ROWS, S, random_batch, tiny_run
 
 LOSSES = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
-ROWS, S, SLOTS = 4, 128, 2
 
 
 @pytest.fixture(scope="module")
 def run():
-    tiny = load("configs/toy.py:tiny")
-    data = dataclasses.replace(tiny.data, seq_len=S, image_slots=SLOTS)
-    return dataclasses.replace(tiny, data=data, mesh=Mesh(fsdp=1))
+    return tiny_run()
 
 
 @pytest.fixture(scope="module")
@@ -35,30 +30,6 @@ def mesh(run):
 @pytest.fixture(scope="module")
 def params(run, mesh):
     return jax.jit(lambda: initial_params(run))()
-
-
-def random_batch(run, images_per_row: list[int], seed: int = 0) -> Batch:
-    """Random text, two samples in each row; row r has images_per_row[r] images, at most one per sample."""
-    rng = np.random.default_rng(seed)
-    layout = run.model.layout
-    batch = empty_batch(layout, ROWS, S, SLOTS, run.model.target_shapes)
-    half, block = S // 2, layout.block
-    batch.tokens[:] = rng.integers(6, 60, (ROWS, S))
-    batch.segment_ids[:] = np.repeat([1, 2], half)
-    batch.positions[:] = np.tile(np.arange(half), 2)
-    batch.labels[:] = np.where(rng.random((ROWS, S)) < 0.2, rng.integers(6, 60, (ROWS, S)), IGNORE_LABEL)
-    for r, count in enumerate(images_per_row):
-        for i in range(count):
-            at = i * half + 2
-            batch.visual_positions[r, i] = np.arange(at, at + block)
-            batch.visual_index[r, at : at + block] = i * block + np.arange(block)
-            batch.labels[r, at : at + block] = IGNORE_LABEL
-            for pixels in batch.images.values():
-                pixels[r, i] = rng.integers(0, 256, pixels.shape[2:])
-            for name, target in batch.targets.items():
-                target[r, i] = rng.normal(size=target.shape[2:])
-                batch.target_mask[name][r, i] = True
-    return batch
 
 
 def loss_and_gradients(run, mesh, params, batch):
