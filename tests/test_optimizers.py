@@ -44,7 +44,7 @@ def test_muon_orthogonalises_each_layer_of_a_kernel():
     alone = orthogonalize(grads["q"][1].reshape(64, 128), MATRIX, 5).reshape(64, 8, 16)
     np.testing.assert_allclose(alone, orthogonalize(grads["q"], INFOS["q"], 5)[1], rtol=1e-4, atol=1e-5)
     for path in ("table", "norm", "queries"):  # the first update of Adam
-        np.testing.assert_allclose(found[path], -np.sign(grads[path]), rtol=1e-4)
+        np.testing.assert_allclose(found[path], -np.sign(grads[path]), rtol=1e-2)
 
 
 def test_the_rate_of_what_muon_leaves_to_adam_has_its_own_factor():

@@ -72,8 +72,8 @@ class TensorBoard:
     """WORKDIR/tensorboard/STAGE: event files. TensorBoard hides rows that were written before and come again."""
 
     def open(self, workdir: str, run: Any, stage: Any, step: int) -> TensorBoardWriter:
-        folder = str(Path(workdir) / "tensorboard" / stage.name)
-        return TensorBoardWriter(SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=10))
+        folder, purge = str(Path(workdir) / "tensorboard" / stage.name), step + 1 if step else None
+        return TensorBoardWriter(SummaryWriter(folder, purge_step=purge, flush_secs=10, filename_suffix=f".from{step}"))
 
 
 class TensorBoardWriter:

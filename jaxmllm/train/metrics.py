@@ -64,8 +64,10 @@ class Reporter:
         return step > self.last and (step in (1, last) or not step % run.log_every or not step % run.save_every)
 
     def look_for_unreached(self, step: int, state: TrainState) -> None:
-        """Names trained parameters that no gradient of the stage has reached: once, at the end of the first log
-        interval (or of the stage) by which ENOUGH steps had pictures."""
+        """Names trained parameters that no gradient of the stage has reached.
+
+        Once: at the end of the first log interval, or of the stage, by which ENOUGH steps had pictures.
+        """
         interval_ends = step % self.run.log_every == 0 or step == self.stage.steps
         if self.searched or not self.active or not interval_ends or self.with_images < ENOUGH:
             return
