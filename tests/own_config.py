@@ -44,7 +44,7 @@ def config():
     base = load("configs/toy.py:tiny")
     model = base.model.clone(fusers={**base.model.fusers, "dino": OwnFuser()})
     stages = tuple(dataclasses.replace(stage, steps=4) for stage in base.stages)
-    return dataclasses.replace(base, name="own", model=model, stages=stages, compute_dtype="bfloat16")
+    return dataclasses.replace(base, name="own", model=model, stages=stages)
 
 
 def evaluated():

@@ -55,7 +55,10 @@ def test_other_parameters_need_no_other_program(answerer, questions):
 def test_casting_copies_nothing_that_has_the_dtype(answerer):
     same = cast(answerer.params, jax.numpy.dtype("float32"))
     assert all(same[path].unsafe_buffer_pointer() == x.unsafe_buffer_pointer() for path, x in answerer.params.items())
-    assert {x.dtype.name for x in cast(answerer.params, jax.numpy.dtype("bfloat16")).values()} == {"bfloat16"}
+    with jax.transfer_guard("disallow"):
+        half = cast(answerer.params, jax.numpy.dtype("bfloat16"))
+    assert {x.dtype.name for x in half.values()} == {"bfloat16"}
+    assert all(half[path].sharding == x.sharding for path, x in answerer.params.items())
 
 
 def test_pictures_may_be_bytes_and_stand_where_the_prompt_says(answerer, questions):

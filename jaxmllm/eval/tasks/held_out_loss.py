@@ -77,7 +77,7 @@ class HeldOutLoss:
                     entry = {"eval": self.name, "id": each.id, "path": each.path, "reason": each.reason}
                     append_line(f"{workdir}/bad_eval_samples.jsonl", entry)
                     named.add(each.id)
-            return result(totals, len(source))
+            return result(totals, names, len(source))
 
         return measure
 
@@ -106,12 +106,14 @@ def add(totals: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> dict[str,
     return {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in more.items()}
 
 
-def result(totals: dict[str, np.ndarray], records: int) -> Result:
-    """Means of the sums, and how many samples they are of. Raises ValueError if no sample could be used."""
+def result(totals: dict[str, np.ndarray], losses: tuple[str, ...], records: int) -> Result:
+    """Means of the sums, those of the losses first, and the number of samples. Raises ValueError if none could be
+    used."""
     samples = round(totals["samples"][0]) if totals else 0
     if not samples:
         raise ValueError(f"none of {records} held-out samples can be used; see bad_eval_samples.jsonl")
-    means = {name: float(s / n) if n else None for name, (s, n) in totals.items() if name != "samples"}
+    names = [*losses, *sorted(totals.keys() - {*losses, "samples"})]
+    means = {name: float(totals[name][0] / totals[name][1]) if totals[name][1] else None for name in names}
     lines = [f"{name:<24} {number(mean):>10}" for name, mean in means.items()]
     counts = {"samples": samples, "bad": records - samples}
     return Result({**means, **counts}, "\n".join([*lines, *[f"{k:<24} {n:>10}" for k, n in counts.items()]]))
