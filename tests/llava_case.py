@@ -1,5 +1,6 @@
-"""A model whose parts come from a LLaVA folder, on a mesh: `python -m tests.llava_case FOLDER INPUTS OUTPUTS AXIS=SIZE
-..`
+"""A model whose parts come from a LLaVA folder, on a mesh:
+
+    python -m tests.llava_case FOLDER INPUTS OUTPUTS AXIS=SIZE ..
 
 INPUTS is an npz file with tokens and labels int32[B, S] and images uint8[B, px, px, 3]; one image per row stands where
 the token is IMAGE. OUTPUTS gets the logits [B, S, V], the loss, and the lines of the reports.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxmllm.aggregators.mlp import MLPProjector
 from jaxmllm.aggregators.sva import SVA, SVALayer
@@ -20,7 +23,7 @@ from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
 from jaxmllm.weights import encoder_key_maps, key_maps
 from jaxmllm.weights.convert import Entry, KeyMap, export_weights, import_weights, linear
-from jaxmllm.weights.safetensors import open_folder, write_folder
+from jaxmllm.weights.safetensors import INDEX, open_folder, write_folder
 from tests.golden_case import shapes
 
 PICTURE = jnp.zeros((1, 28, 28, 3), jnp.uint8)
@@ -184,6 +187,55 @@ def test_folder_with_one_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     for path in (tmp_path, tmp_path / "model.safetensors"):
         np.testing.assert_array_equal(open_folder(path)["a"], [[0, 3], [1, 4], [2, 5]])
+
+
+def test_tensors_are_views_of_the_mapped_file(tmp_path):
+    write_folder(tmp_path, {"a": np.arange(6, dtype=np.float32), "b": np.ones((2, 0), np.float16)})
+    folder = open_folder(tmp_path)
+    assert not folder["a"].flags.writeable and not folder["a"].flags.owndata
+    assert np.shares_memory(folder["a"], folder["a"]) and folder["b"].shape == (2, 0)
+
+
+def test_fingerprint_changes_with_names_shapes_and_files(tmp_path):
+    tensors = {"a": np.zeros(4, np.float32), "b": np.zeros(2, np.float32)}
+    variants = [tensors, {"a": tensors["a"], "c": tensors["b"]}, tensors | {"a": np.zeros((2, 2), np.float32)}]
+    for i, variant in enumerate(variants):
+        write_folder(tmp_path / str(i), variant)
+    write_folder(tmp_path / "shards", tensors, shard_bytes=1)
+    (tmp_path / "shards" / "model-00001-of-00002.safetensors").touch()
+    prints = [open_folder(path).fingerprint for path in sorted(tmp_path.iterdir())]
+    assert len(set(prints)) == 4
+    write_folder(tmp_path / "again", {name: x + 1 for name, x in tensors.items()})
+    assert open_folder(tmp_path / "again").fingerprint == prints[0]  # contents are not read
+
+
+def test_tensors_that_the_index_leaves_out_are_found(tmp_path):
+    write_folder(tmp_path, {"a": np.zeros(4), "b": np.zeros(2)}, shard_bytes=1)
+    (tmp_path / INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert set(open_folder(tmp_path)) == {"a"}
+    index = {"weight_map": {"a": "both.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    save_file({"a": np.zeros(4), "b": np.zeros(2)}, tmp_path / "both.safetensors")
+    assert set(open_folder(tmp_path)) == {"a", "b"}
+
+
+def test_damaged_files(tmp_path):
+    """A file that is cut off, a header whose offsets do not fit a shape, and a data type of quantised weights."""
+    path = tmp_path / "model.safetensors"
+    write_folder(tmp_path, {"a": np.zeros(64, np.float32)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
+        open_folder(tmp_path)
+    path.write_bytes(whole.replace(b"[64]", b"[63]"))
+    with pytest.raises(ValueError, match="cannot read .*model.safetensors"):
+        open_folder(tmp_path)
+    save_file({"a": np.zeros(4, ml_dtypes.float8_e4m3fn)}, path)
+    with pytest.raises(ValueError, match="tensor 'a' has data type F8_E4M3"):
+        open_folder(tmp_path)
+    (tmp_path / INDEX).write_text("[]")
+    with pytest.raises(ValueError, match="it is not the index of safetensors files"):
+        open_folder(tmp_path)
 
 
 def test_folders_that_cannot_be_read(tmp_path):

@@ -14,8 +14,8 @@ FILES = (
 )  # fmt: skip
 
 
-def download(source: str) -> tuple[Path, str]:
-    """Downloads what is not in the cache yet -> (folder, source with the commit in place of the revision).
+def download(source: str) -> tuple[str, Path]:
+    """Downloads what is not in the cache yet -> (source with the commit in place of the revision, folder).
 
     huggingface_hub does it, with its token, cache and offline mode (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT).
     Every process calls this: each host fills a cache of its own, and processes of one host, or with a shared cache,
@@ -32,4 +32,4 @@ def download(source: str) -> tuple[Path, str]:
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot download {source}: {type(error).__name__}: {reason}") from None
-    return Path(path), f"hf:{match['name']}@{Path(path).name}"
+    return f"hf:{match['name']}@{Path(path).name}", Path(path)

@@ -110,17 +110,19 @@ def open_source(text: str) -> FolderSource | WorkdirSource:
 
 def ranges(names: list[str]) -> list[str]:
     """["layers.3", "layers.4", "norm"] -> ["layers.3 to 4", "norm"]: consecutive numbers become one entry."""
-    found: list[tuple[str, int, int]] = []  # (text before the number, first, last); -1 for no number
+    found: list[tuple[str, str]] = []  # (first name, last number or "")
     for name in names:
         stem, _, number = name.rpartition(".")
-        if not number.isdigit():
-            found.append((name, -1, -1))
-        elif found and found[-1][0] == stem and found[-1][2] + 1 == int(number):
-            found[-1] = (stem, found[-1][1], int(number))
+        if found and number.isdigit() and _follows(found[-1], stem, int(number)):
+            found[-1] = (found[-1][0], number)
         else:
-            found.append((stem, int(number), int(number)))
-    show = {True: "{0}.{1} to {2}", False: "{0}.{1}"}
-    return [stem if last < 0 else show[last > first].format(stem, first, last) for stem, first, last in found]
+            found.append((name, ""))
+    return [f"{first} to {last}" if last else first for first, last in found]
+
+
+def _follows(entry: tuple[str, str], stem: str, number: int) -> bool:
+    first, last = entry
+    return first.rpartition(".")[0] == stem and (last or first.rpartition(".")[2]) == str(number - 1)
 
 
 Part = FolderPart | WorkdirPart
