@@ -9,8 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxmllm.data.images import decode, open_image
-from jaxmllm.data.loader import MAX_SAMPLES, OPEN_ROWS
-from jaxmllm.data.packing import Bins
+from jaxmllm.data.packing import MAX_SAMPLES, OPEN_ROWS, Bins
 from jaxmllm.data.samples import SampleSpec, exchanges, make_tokens
 from jaxmllm.data.sources.record import BadSample, RecordSource
 
