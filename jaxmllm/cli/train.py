@@ -14,6 +14,9 @@ def add(commands) -> None:
     common.add_config(parser)
     common.add_overrides(parser)
     parser.add_argument("--workdir", help="folder for all output (default: runs/NAME)")
+    parser.add_argument(
+        "--accept-changed-data", action="store_true", help="resume although a data set has changed since the last save"
+    )
     common.add_distributed(parser)
 
 
@@ -25,12 +28,13 @@ def run(args: argparse.Namespace) -> None:
     workdir = args.workdir or f"runs/{config.name}"
     use_compile_cache(f"{workdir}/xla_cache")
     from jaxmllm import processes
-    from jaxmllm.data.build import check_data, make_loader
+    from jaxmllm.data.build import check_data, make_loader, resolve
     from jaxmllm.train import loop, stop
 
     processes.join_processes(args.distributed)
     check_data(config)
+    config = resolve(config, workdir)
     try:
-        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir))
+        loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir, args.accept_changed_data))
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)

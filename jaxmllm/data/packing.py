@@ -8,7 +8,7 @@ training would wait.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from jaxmllm.data.mixture import Mixture, Placed
@@ -20,11 +20,24 @@ MAX_SAMPLES = 64  # of a packed row; also the width of info["sample_ids"]
 
 
 class Bins(Generic[T]):
-    """At most `count` open rows with the same capacities, such as (tokens, images)."""
+    """Open rows with the same capacities, such as (tokens, images); at most `count`, unless `reopen` opens more."""
 
     def __init__(self, capacity: Sequence[int], count: int):
         self.capacity, self.count = capacity, count
         self.rows: list[tuple[list[T], list[int]]] = []  # items, and how much of each capacity they use
+
+    def reopen(self, rows: Iterable[Iterable[tuple[T, Sequence[int]]]]) -> None:
+        """Opens rows that hold these (item, size). Items that have grown, so that they no longer fit in their row, open
+        another one."""
+        self.rows = []
+        for row in rows:
+            used = list(self.capacity)  # as of a full row, so that the first item opens one
+            for item, size in row:
+                if not self._has_room(([], used), size):
+                    used = [0] * len(self.capacity)
+                    self.rows.append(([], used))
+                self.rows[-1][0].append(item)
+                used[:] = map(int.__add__, used, size)
 
     def add(self, item: T, size: Sequence[int]) -> list[T] | None:
         """Puts an item in a row; it must fit in an empty one. Returns the items of the row closed for it, if any."""
@@ -35,7 +48,7 @@ class Bins(Generic[T]):
             items.append(item)
             used[:] = map(int.__add__, used, size)
         else:
-            if len(self.rows) == self.count:
+            if len(self.rows) >= self.count:
                 fullest = max(self.rows, key=self._fullness)
                 self.rows.remove(fullest)
                 closed = fullest[0]
@@ -74,8 +87,5 @@ class ShardRows:
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position. Samples that were in open rows are read again."""
         self.mixture.set_state(state)
-        self.bins = Bins(self.bins.capacity, self.bins.count)
-        for places in state["open"]:
-            if row := self.mixture.read_again(places):
-                sizes = [placed.sample.size for placed in row]
-                self.bins.rows.append((row, [sum(column) for column in zip(*sizes)]))
+        rows = [self.mixture.read_again(places) for places in state["open"]]
+        self.bins.reopen([(placed, placed.sample.size) for placed in row] for row in rows)

@@ -1,5 +1,4 @@
-"""Where the records of a JSON array or a JSONL file start and end, found without parsing the file, and its fingerprint.
-"""
+"""Where the records of a JSON array or a JSONL file start and end, and its fingerprint, without parsing the file."""
 
 from __future__ import annotations
 

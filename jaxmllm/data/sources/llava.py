@@ -14,8 +14,9 @@ from jaxmllm.data.sources.record import MAPS, NO_IMAGE, Blob, Record, read_file
 class LlavaSource:
     """LLaVA's format: a JSON array, or JSONL with one object per line; pictures are separate files.
 
-    The file is mapped, not loaded, and scanned once for where records start, and hashed on the way. The field `image` is a path relative to
-    `image_root` (default: the folder of the file) or a list of paths; it is absent or one of NO_IMAGE for text only.
+    The file is mapped, not loaded, and read once to see where records start and to hash it. The field `image` is a path
+    relative to `image_root` (default: the folder of the file) or a list of paths; it is absent or one of NO_IMAGE for
+    text only.
     Raises ValueError for a file that is missing or is not JSON.
     """
 
