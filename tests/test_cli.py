@@ -86,7 +86,8 @@ def test_bad_samples_are_named_and_the_run_goes_on(scenes, tmp_path):
     entries = {e["id"]: e for e in map(json.loads, open(tmp_path / "run" / "bad_samples.jsonl"))}
     bad = [records[i]["id"] for i in range(4)]
     assert set(bad) <= set(entries)
-    assert set(entries[bad[0]]) == {"id", "path", "reason"} and entries[bad[0]]["path"].endswith(".jpg")
+    assert set(entries[bad[0]]) == {"source", "index", "id", "path", "reason"}
+    assert entries[bad[0]]["path"].endswith(".jpg") and entries[bad[0]]["index"] == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 11
 
 

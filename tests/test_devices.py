@@ -142,3 +142,21 @@ def test_a_missing_process_is_reported_after_the_time_out(index, says):
     assert started[0].returncode == 1 and len(errors) == 2, errors
     assert "waiting for the others (up to 2 s)" in errors[0]
     assert "some are still missing after 2 s" in errors[1] and says in errors[1]
+
+
+def test_processes_with_different_data_are_refused():
+    """Each of two processes has another version of the second source; both name it."""
+    code = """
+import os
+from jaxmllm import processes
+from jaxmllm.data.build import check_same_everywhere
+processes.start_processes(60)
+own = "0" + os.environ["JAX_PROCESS_ID"]
+check_same_everywhere([{"path": "a", "fingerprint": "00"}, {"path": "b", "fingerprint": "01"}])
+try:
+    check_same_everywhere([{"path": "a", "fingerprint": "00"}, {"path": "b", "fingerprint": own}])
+except ValueError as error:
+    print(error)
+"""
+    for said, _ in finish(start_processes(2, 1, prefix=("-c", code))):
+        assert "the processes read different versions of b" in said

@@ -1,6 +1,7 @@
 """The loader: batches do not depend on who makes them, go on where they stopped, and survive bad samples."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 from jaxmllm.data.ledger import Ledger, TooManyBadSamples
 from jaxmllm.data.loader import Loader
+from jaxmllm.data.samples import make_sample
 from jaxmllm.data.sources.llava import LlavaSource
 from jaxmllm.data.sources.record import BadSample
+from jaxmllm.train.checkpoint import join
 from tests.loader_case import RECORDS, arrays, assert_same, ids_of, open_loader, sample_spec, take, write_source
 
 
@@ -89,7 +92,7 @@ def test_resume_on_another_number_of_processes(source, spec, tmp_path):
     halves = [open_loader(source, spec, tmp_path, process_index=p, process_count=2) for p in range(2)]
     for loader in halves:
         take(loader, 3)
-    state = halves[0].get_state() | halves[1].get_state()
+    state = join([loader.get_state() for loader in halves], "position")
     rest = [take(loader, 4) for loader in halves]
     for loader in halves:
         loader.close()
@@ -108,10 +111,19 @@ def test_a_loader_can_go_back(source, spec, tmp_path):
         assert_same(take(loader, 3), first)
 
 
-def test_errors_of_the_thread_reach_the_consumer(source, spec, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxmllm.data.loader.make_sample", lambda *_: 1 / 0)
-    with open_loader(source, spec, tmp_path) as loader, pytest.raises(ZeroDivisionError):
-        next(loader)
+@pytest.mark.parametrize("threads", [0, 3])
+def test_an_error_names_the_record_and_ends_the_loader(source, spec, tmp_path, monkeypatch, threads):
+    def fail_at_8(record, id, spec):
+        return 1 / 0 if id == 8 else make_sample(record, id, spec)
+
+    monkeypatch.setattr("jaxmllm.data.mixture.make_sample", fail_at_8)
+    says = rf"record 8 of {source.path}, .*8-0.png failed: ZeroDivisionError: division by zero"
+    with open_loader(source, spec, tmp_path, threads=threads) as loader:
+        with pytest.raises(RuntimeError, match=says):
+            take(loader, RECORDS)
+        with pytest.raises(ValueError, match="closed"):
+            next(loader)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("samples", "loader"))]
 
 
 def test_bad_samples_do_not_change_the_others(source, spec, tmp_path):
@@ -135,6 +147,8 @@ def test_bad_samples_do_not_change_the_others(source, spec, tmp_path):
         assert batches[-1][1]["dropped"] == 4
     entries = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     reasons = {entry["id"]: entry["reason"].split(":")[0] for entry in entries}
+    assert {entry["index"] for entry in entries} == {4, 7, 20, 30}
+    assert {entry["source"] for entry in entries} == {bad_source.path}
     assert len(entries) == 4  # each is written once, over all epochs and loaders
     assert reasons == {"r4": "missing file", "r7": "empty answer", "r20": "too long", "30": "not JSON"}
     assert "74 tokens, but a row has 48" in next(e["reason"] for e in entries if e["id"] == "r20")
@@ -149,21 +163,30 @@ def test_too_many_bad_samples_end_the_run(spec, tmp_path):
     with pytest.raises(ValueError, match="closed"):
         next(loader)
     loader = open_loader(source, spec, tmp_path)  # fewer than the limit, but there are no good ones
-    with pytest.raises(TooManyBadSamples, match="1000 consecutive samples were bad"):
+    with pytest.raises(TooManyBadSamples, match="1000 consecutive samples of .*all_bad.jsonl were bad"):
         next(loader)
 
 
 def test_ledger(tmp_path):
     path = tmp_path / "run" / "bad_samples.jsonl"
     ledger = Ledger(path, max_bad=2)
-    for name in ("a", "a", "b"):
-        ledger.add(BadSample(name, "file", "too long", "9"))
+    for index in (0, 0, 1):  # two records with the same id
+        ledger.add("data.jsonl", index, BadSample("a", "file", "too long", "9"))
     path.write_bytes(path.read_bytes() + b'{"id": "c", "pa')  # killed while it was writing
     ledger = Ledger(path, max_bad=2)
     assert ledger.count == 2
-    ledger.add(BadSample("b", "file", "too long", "9"))
+    ledger.add("data.jsonl", 1, BadSample("a", "file", "too long", "9"))
     with pytest.raises(TooManyBadSamples, match="3 samples are bad, the limit is 2; the first: a: too long: 9;"):
-        ledger.add(BadSample("c", "file", "missing file"))
+        ledger.add("other.jsonl", 1, BadSample("a", "file", "missing file"))
     lines = path.read_text().splitlines()
-    assert len(lines) == 4 and json.loads(lines[-1]) == {"id": "c", "path": "file", "reason": "missing file"}
+    expected = {"source": "other.jsonl", "index": 1, "id": "a", "path": "file", "reason": "missing file"}
+    assert len(lines) == 4 and json.loads(lines[-1]) == expected
     assert Ledger(path).count == 3
+
+
+def test_lines_of_an_old_ledger_count_once_each(tmp_path):
+    path = tmp_path / "bad_samples.jsonl"
+    path.write_text('{"id": "a", "path": "file", "reason": "too long"}\n' * 2)
+    ledger = Ledger(path)
+    ledger.add("data.jsonl", 0, BadSample("a", "file", "too long"))
+    assert ledger.count == Ledger(path).count == 3

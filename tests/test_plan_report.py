@@ -74,6 +74,7 @@ def test_a_plan_as_text(monkeypatch, name):
     """It names every component with a share that matters, and no others."""
     devices = mesh_devices((1, 1, 2, 2, 1))
     memory = compiling.HbmUse(4 * 2**30, 90 * 2**30, 2**30, 0, 2**30, 0, 2 * 2**30)
+    monkeypatch.setattr(report, "devices_of", lambda _: jax.devices())
     monkeypatch.setattr(report, "compile_stage", lambda *_: compiling.Program(stored(name), memory, devices, 7.0))
     monkeypatch.setattr(report, "model_flops", lambda *_: {"llm": 1e12})
     plan = report.plan(recipes.load("configs/llama3_8b.py"), topology("v5p:2x2x1"), say=lambda text: None)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,3 +100,35 @@ def test_sigterm_saves_a_checkpoint(scenes, tmp_path, phase):
     assert process.returncode == 0 and "the same command resumes it" in rest
     step, _, _ = newest_state(tmp_path, "align")
     assert step >= 1
+
+
+def test_changed_data_needs_the_option(scenes, tmp_path):
+    """One line says what changed and which option accepts it; nothing is lost by asking."""
+    folder, workdir = tmp_path / "scenes", tmp_path / "run"
+    shutil.copytree(scenes, folder)
+    args = ["train", *settings(folder, **{"stages.align.steps": 40, "stages.instruct.steps": 1}), "--workdir", workdir]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxmllm", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if " 3/40" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    assert "the same command resumes it" in process.communicate(timeout=120)[1]
+    step = newest_state(workdir, "align")[0]
+    records = (folder / "align.jsonl").read_text().splitlines(keepends=True)
+    (folder / "align.jsonl").write_text("".join([*records, records[0]]))
+
+    refused = jaxmllm(*args, check=False)
+    assert refused.returncode == 2 and newest_state(workdir, "align")[0] == step
+    assert f"had {len(records)} records and has {len(records) + 1} now" in refused.stderr.splitlines()[-1]
+    assert "--accept-changed-data" in refused.stderr.splitlines()[-1]
+    accepted = jaxmllm(*args, "--accept-changed-data").stderr
+    assert accepted.count("records may be seen twice or never") == 1
+    assert newest_state(workdir, "align")[0] == 40
+    saved = newest_state(workdir, "align")[2]["sources"]
+    assert [source["records"] for source in saved] == [len(records) + 1]

@@ -1,5 +1,6 @@
 """Sources: every format gives the same records, and errors name the file at fault."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -13,7 +14,7 @@ from jaxmllm.data.sources.array_record import ArrayRecordSource, convert
 from jaxmllm.data.sources.llava import LlavaSource
 from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.sources.record import BadSample
-from tests.records import chat, jpeg, write_good_records
+from tests.records import chat, jpeg, write_good_records, write_jsonl
 
 
 def assert_same(a, b):
@@ -107,5 +108,41 @@ def test_tfds_folders_need_no_tensorflow(tmp_path, kind):
     assert [record.data["conversations"] for record in records] == conversations
     assert [record.images[0].read() for record in records] == [jpeg(8, 6 + k) for k in range(3)]
     assert "tensorflow" not in sys.modules
+    noted = builder.data_path / "dataset_info.json"
+    same, text = open_source(f"{builder.data_path}:train").fingerprint, noted.read_text()
+    assert same == source.fingerprint
+    noted.write_text(text.replace('"numBytes": "', '"numBytes": "1'))
+    assert open_source(f"{builder.data_path}:train").fingerprint != same
     with pytest.raises(ValueError, match="has no split 'val'; it has train"):
         open_source(f"{builder.data_path}:val")
+
+
+def test_fingerprints_of_llava_files_cover_every_byte(tmp_path, monkeypatch):
+    records = write_good_records(tmp_path)
+    text = (tmp_path / "data.jsonl").read_text()
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    found = {name: open_source(str(tmp_path / name)).fingerprint for name in ("data.jsonl", "data.json")}
+    assert found["data.jsonl"] == hashlib.sha256(text.encode()).hexdigest() != found["data.json"]
+    monkeypatch.setattr(json_bounds, "CHUNK", 37)
+    assert found == {name: open_source(str(tmp_path / name)).fingerprint for name in found}
+    (tmp_path / "data.jsonl").write_text(text.replace("pond .", "pool .", 1))
+    assert open_source(str(tmp_path / "data.jsonl")).fingerprint != found["data.jsonl"]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "data.json").rename(tmp_path / "moved" / "data.json")
+    assert open_source(str(tmp_path / "moved" / "data.json")).fingerprint == found["data.json"]
+
+
+def test_fingerprints_of_shards_change_with_their_records(tmp_path):
+    records = write_good_records(tmp_path)
+    convert(LlavaSource(tmp_path / "data.jsonl"), tmp_path / "one", 2)
+    write_jsonl(tmp_path / "data.jsonl", [*records[:3], {**records[3], "id": "pear"}])
+    convert(LlavaSource(tmp_path / "data.jsonl"), tmp_path / "two", 2)
+    one, two = (ArrayRecordSource(tmp_path / name) for name in ("one", "two"))
+    sizes = [[path.stat().st_size for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")]
+    assert sizes[0] == sizes[1] and one.fingerprint != two.fingerprint
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert (
+        ArrayRecordSource(tmp_path / "moved").fingerprint
+        == one.fingerprint
+        == pickle.loads(pickle.dumps(one)).fingerprint
+    )

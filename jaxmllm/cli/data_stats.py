@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.data.sources.open import open_source
 
     recipe = recipes.load(args.config)
-    sources = {source.path: source for stage in recipe.stages for source in stage.sources}
-    for path, source in sources.items():
-        found = stats(open_source(path, source.image_root), sample_spec(recipe), progress=common.counter("records"))
-        print(f"{path}: {show_stats(found)}")
+    for stage in recipe.stages:
+        for source in stage.sources:
+            records, spec = open_source(source.path, source.image_root), sample_spec(recipe, stage)
+            found = stats(records, spec, progress=common.counter("records"))
+            print(f"{stage.name}: {source.path}: {show_stats(found)}")

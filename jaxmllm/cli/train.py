@@ -16,6 +16,9 @@ def add(commands) -> None:
     common.add_overrides(parser)
     parser.add_argument("--workdir", help="folder for all output (default: runs/NAME)")
     parser.add_argument("--profile", metavar="FROM:TO", help="trace these steps with jax.profiler, in WORKDIR/profile")
+    parser.add_argument(
+        "--accept-changed-data", action="store_true", help="resume although a data set has changed since the last save"
+    )
     common.add_distributed(parser)
 
 
@@ -27,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     workdir = args.workdir or f"runs/{config.name}"
     use_compile_cache(f"{workdir}/xla_cache")
     from jaxmllm import processes
-    from jaxmllm.data.build import check_data, make_loader
+    from jaxmllm.data.build import check_data, make_loader, resolve
     from jaxmllm.eval.periodic import StageEvals
     from jaxmllm.train import loop, stop
     from jaxmllm.train.profile import parse_steps
@@ -36,7 +39,11 @@ def run(args: argparse.Namespace) -> None:
     profile = parse_steps(args.profile) if args.profile else None
     processes.join_processes(args.distributed)
     check_data(config)
+    config = resolve(config, workdir)
     evals = {stage.name: StageEvals(config, stage, workdir) for stage in config.stages}
+
+    def make(stage):
+        return make_loader(config, stage, workdir, args.accept_changed_data)
 
     def load(config, abstract, rates):
         """Loads the parts that have a source, and says for each part what it starts from."""
@@ -46,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
         return arrays, [dataclasses.asdict(report) for report in reports]
 
     try:
-        hooks = loop.Hooks(lambda stage: make_loader(config, stage, workdir), load, evals, profile)
+        hooks = loop.Hooks(
+            lambda stage: make_loader(config, stage, workdir, args.accept_changed_data), load, evals, profile
+        )
         loop.run(config, workdir, hooks)
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)

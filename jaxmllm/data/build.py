@@ -1,22 +1,36 @@
-"""From a config to the loader of a training stage."""
+"""From a config to the loader of a training stage, and what must hold before anything compiles."""
 
 from __future__ import annotations
 
-from jaxmllm import host_batches
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxmllm import host_batches, mesh
 from jaxmllm.config import Data, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
+from jaxmllm.data.mixture import normalized
 from jaxmllm.data.samples import SampleSpec
+from jaxmllm.data.sizes import steps_of_epochs
 from jaxmllm.data.sources.open import open_source
+from jaxmllm.data.sources.record import RecordSource
 from jaxmllm.data.tokenizer import load_tokenizer
 from jaxmllm.errors import ConfigError
+from jaxmllm.processes import say
+
+MAX_SHARDS = 256  # virtual shards by default
 
 
 def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
-    """How records become samples, in a stage or in general.
-
-    Raises ConfigError if the tokenizer has more tokens than the model.
-    """
+    """How records become samples, in a stage or by default. Raises ConfigError if the tokenizer has more tokens than
+    the model."""
     data, model = run.data_of(stage) if stage else run.data, run.model
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
@@ -25,25 +39,113 @@ def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
     return SampleSpec(tokenizer, data.template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
 
 
-def check_data(run: Run) -> None:
-    """Raises before the first stage what would otherwise stop a later one: a tokenizer or data file is missing."""
-    for stage in run.stages:
-        sample_spec(run, stage)
-        for source in stage.sources:
-            open_source(source.path, source.image_root)
+@functools.cache
+def opened(path: str, image_root: str | None) -> RecordSource:
+    """A source, which a process opens once: large files are read whole for their index and fingerprint."""
+    return open_source(path, image_root)
+
+
+def weighted_sources(stage: Stage) -> list[tuple[RecordSource, float]]:
+    """The opened sources of a stage, with their weights."""
+    return [(opened(source.path, source.image_root), source.weight) for source in stage.sources]
 
 
 def resolve_shards(data: Data, rows: int) -> int:
-    """The number of virtual shards: by default the largest power of two up to 256 that divides the rows."""
-    return data.shards or max(2**i for i in range(9) if rows % 2**i == 0)
+    """The number of virtual shards of batches of `rows` rows: data.shards, or else the largest power of two up to
+    MAX_SHARDS that divides the rows."""
+    return math.gcd(rows, MAX_SHARDS) if data.shards is None else data.shards
 
 
-def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
-    """The loader of this process's share of a stage's batches; it notes bad samples in WORKDIR/bad_samples.jsonl."""
-    data = run.data_of(stage)
+def check_division(
+    stage: str, rows: int, shards: int, processes: int, data_shards: int = 1, accumulate: int = 1
+) -> None:
+    """Raises ConfigError, with the numbers and a mend, if the rows of a batch cannot be dealt out.
+
+    The processes must divide the virtual shards, these the rows, and the mesh's data shards the rows of a micro-batch.
+
+    Args:
+      rows: B, of the global batch.
+      processes: those that read different rows (host_batches.process_rows).
+      data_shards: parts into which the mesh splits a batch.
+      accumulate: micro-batches of a step.
+    """
+    parts = data_shards * accumulate
+    if rows % parts:
+        rule = f"{data_shards} data shards x accumulate={accumulate} must divide the rows"
+    elif shards < 1 or rows % shards:
+        rule = "the virtual shards must divide the rows"
+    elif shards % processes:
+        rule = f"the {processes} processes that read rows must divide the virtual shards"
+    else:
+        return
+    fitting = [n for n in range(processes, max(MAX_SHARDS, processes) + 1, processes) if rows % n == 0]
+    if rows % parts or not fitting:
+        multiple = math.lcm(parts, processes)
+        mend = f"stages.{stage}.rows={-(-rows // multiple) * multiple}"
+    else:
+        mend = f"data.shards={fitting[-1]}"
+    raise ConfigError(f"stages.{stage}: {rows} rows in {shards} virtual shards: {rule}; set {mend}")
+
+
+def check_rows(run: Run, stage: Stage, devices: jax.sharding.Mesh) -> None:
+    """Raises ConfigError or ValueError if a stage's batch cannot be dealt to the processes and devices of a mesh."""
+    _, processes = host_batches.process_rows(devices)
+    shards = resolve_shards(run.data_of(stage), stage.rows)
+    check_division(stage.name, stage.rows, shards, processes, mesh.data_shards(devices), stage.accumulate)
+
+
+def check_data(run: Run) -> None:
+    """Raises before the first stage what would otherwise stop a later one, or come only after compiling: a tokenizer or
+    data file is missing, a source is empty, a weight is wrong, rows cannot be dealt out."""
+    devices = run.mesh.build()
+    for stage in run.stages:
+        sample_spec(run, stage)
+        normalized(weighted_sources(stage))
+        check_rows(run, stage, devices)
+
+
+def resolve(run: Run, workdir: str | None = None) -> Run:
+    """The run with the virtual shards and steps of all stages filled in, as config.json keeps them.
+
+    For a stage with epochs, the steps are those that WORKDIR/config.json holds for as many epochs, or else they are
+    measured (sizes.steps_of_epochs). Raises ValueError if the data cannot be read.
+    """
+    stages = []
+    for stage in run.stages:
+        data = run.data_of(stage)
+        filled = {"shards": resolve_shards(data, stage.rows)} if data.shards is None else {}
+        steps = stage.steps or kept_steps(workdir, stage) or resolve_steps(run, stage)
+        stages.append(dataclasses.replace(stage, data={**stage.data, **filled}, steps=steps))
+    return dataclasses.replace(run, stages=tuple(stages))
+
+
+def resolve_steps(run: Run, stage: Stage) -> int:
+    """The steps of a stage that is given in epochs; says how many there are."""
+    sources, spec = weighted_sources(stage), sample_spec(run, stage)
+    steps = steps_of_epochs(stage.epochs, stage.rows, sources, spec, run.data_of(stage).packing)
+    if jax.process_index() == 0:
+        say(f"stage {stage.name}: {stage.epochs:g} epochs are {steps} steps")
+    return steps
+
+
+def kept_steps(workdir: str | None, stage: Stage) -> int | None:
+    """The steps that WORKDIR/config.json holds for a stage of this name with as many epochs; None if it has none."""
+    file = Path(workdir) / "config.json" if workdir else None
+    document = json.loads(file.read_text()) if file and file.exists() else {}
+    kept = {(saved["name"], saved.get("epochs")): saved["steps"] for saved in document.get("stages", [])}
+    return kept.get((stage.name, stage.epochs))
+
+
+def make_loader(run: Run, stage: Stage, workdir: str, accept_changed: bool = False) -> Loader:
+    """The loader of this process's share of a stage's batches; it notes bad samples in WORKDIR/bad_samples.jsonl.
+
+    accept_changed: whether to go on if the data has changed since its position was saved. Raises ValueError if the
+    processes do not read the same data.
+    """
     index, count = host_batches.process_rows(run.mesh.build())
-    return Loader(
-        [(open_source(source.path, source.image_root), source.weight) for source in stage.sources],
+    data = run.data_of(stage)
+    loader = Loader(
+        weighted_sources(stage),
         sample_spec(run, stage),
         Ledger(f"{workdir}/bad_samples.jsonl", data.max_bad),
         rows=stage.rows,
@@ -52,4 +154,18 @@ def make_loader(run: Run, stage: Stage, workdir: str) -> Loader:
         packing=data.packing,
         process_index=index,
         process_count=count,
+        accept_changed=accept_changed,
     )
+    check_same_everywhere(loader.sources)
+    return loader
+
+
+def check_same_everywhere(sources: list[dict]) -> None:
+    """Raises ValueError, naming the source, if the processes hold different versions of one. All must call it."""
+    if jax.process_count() == 1:
+        return
+    own = np.array([list(bytes.fromhex(source["fingerprint"])) for source in sources], np.uint8)
+    for_each = multihost_utils.process_allgather(own)  # [processes, sources, bytes]
+    for number, source in enumerate(sources):
+        if (for_each[:, number] != for_each[0, number]).any():
+            raise ValueError(f"the processes read different versions of {source['path']}; give all hosts the same data")

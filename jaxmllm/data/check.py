@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
 from jaxmllm.data.images import decode, open_image
-from jaxmllm.data.loader import MAX_SAMPLES, OPEN_ROWS
-from jaxmllm.data.packing import Bins
-from jaxmllm.data.samples import SampleSpec, exchanges, make_tokens
+from jaxmllm.data.samples import SampleSpec, exchanges
+from jaxmllm.data.sizes import Progress, packed_rows, sample_sizes
 from jaxmllm.data.sources.record import BadSample, RecordSource
 
-Progress = Callable[[int, int], None]  # (records done, records in all)
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
@@ -71,40 +68,19 @@ def stats(source: RecordSource, spec: SampleSpec, limit: int = 10_000, progress:
 
     Only the sizes of pictures are read. Raises ValueError if no record is usable.
     """
-    order = np.random.default_rng(0).permutation(len(source))[:limit]
-    lengths, counts, trained, bad = [], [], 0, 0
-    for done, index in enumerate(order.tolist()):
-        try:
-            record = source[index]
-            sizes = [open_image(record, blob).size for blob in record.images]
-            tokens, labels, _ = make_tokens(record, sizes, spec)
-            lengths.append(len(tokens))
-            counts.append(sum(map(spec.slots, sizes)))
-            trained += int((labels >= 0).sum())
-        except BadSample:
-            bad += 1
-        if progress:
-            progress(done + 1, len(order))
-    if not lengths:
-        raise ValueError(f"none of the {bad} records examined is usable; `jaxmllm data check` says why")
+    found = sample_sizes(source, spec, limit, progress)
+    lengths = [size.tokens for size in found.usable]
+    rows = packed_rows(found.usable, spec)
     names = ("min", *(f"p{p}" for p in PERCENTILES[1:-1]), "max")
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest").tolist()
     return Stats(
-        used=len(lengths),
-        bad=bad,
+        used=len(found.usable),
+        bad=found.bad,
         tokens={**dict(zip(names, percentiles)), "mean": round(float(np.mean(lengths)))},
-        trained=trained,
-        images=dict(sorted(collections.Counter(counts).items())),
-        packing=filled_share(lengths, counts, spec),
+        trained=sum(size.trained for size in found.usable),
+        images=dict(sorted(collections.Counter(size.images for size in found.usable).items())),
+        packing=sum(size.tokens for row in rows for size in row) / (len(rows) * spec.seq_len),
     )
-
-
-def filled_share(lengths: list[int], images: list[int], spec: SampleSpec) -> float:
-    """The share of places that the loader's packer fills, for samples of these lengths and pictures in this order."""
-    packer = Bins((spec.seq_len, spec.image_slots, MAX_SAMPLES), OPEN_ROWS)
-    rows = [packer.add(length, (length, pictures, 1)) for length, pictures in zip(lengths, images)]
-    rows = [row for row in rows if row] or [row for row, _ in packer.rows]
-    return sum(map(sum, rows)) / (len(rows) * spec.seq_len)
 
 
 def show_report(report: Report) -> str:

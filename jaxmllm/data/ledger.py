@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import threading
+from typing import Any
 
 from jaxmllm.data.sources.record import BadSample
 
@@ -15,40 +16,43 @@ class TooManyBadSamples(RuntimeError):
 
 
 class Ledger:
-    """Appends {"id", "path", "reason"} of each bad sample to a JSONL file; each id is written once, even over restarts.
+    """Appends {"source", "index", "id", "path", "reason"} of each bad sample to a JSONL file; each (source, index) is
+    written once, even over restarts. Lines without these two fields, from older versions, count once each.
 
-    path: a local file, which is made, with its folder, at the first bad sample. max_bad: how many distinct ids are
+    path: a local file, which is made, with its folder, at the first bad sample. max_bad: how many distinct samples are
     tolerated. Several threads may use a ledger; an append is a single write, so several processes may share a file.
     """
 
     def __init__(self, path: str, max_bad: int = 1000):
         self.path, self.max_bad = str(path), max_bad
         self.lock = threading.Lock()
-        self.reasons: dict[str, str] = {}  # id -> reason
+        self.found: dict[tuple[str | None, int], str] = {}  # (source, index) -> id and reason
         if os.path.exists(self.path):
             with open(self.path, encoding="utf-8") as file:
-                for line in file:
+                for number, line in enumerate(file):
                     with contextlib.suppress(ValueError):  # cut off when the process died; its sample will be met again
                         entry = json.loads(line)
-                        self.reasons[entry["id"]] = entry["reason"]
+                        key = (entry["source"], entry["index"]) if "index" in entry else (None, number)
+                        self.found[key] = f"{entry['id']}: {entry['reason']}"
 
     @property
     def count(self) -> int:
         """Distinct bad samples so far."""
-        return len(self.reasons)
+        return len(self.found)
 
-    def add(self, bad: BadSample) -> None:
-        """Notes a sample. Raises TooManyBadSamples if there are then more than max_bad."""
+    def add(self, source: str, index: int, bad: BadSample) -> None:
+        """Notes record `index` of a source. Raises TooManyBadSamples if there are then more than max_bad."""
         with self.lock:
-            if bad.id not in self.reasons:
-                self.reasons[bad.id] = bad.reason
-                self._append({"id": bad.id, "path": bad.path, "reason": bad.reason})
+            if (source, index) not in self.found:
+                self.found[source, index] = f"{bad.id}: {bad.reason}"
+                entry = {"source": source, "index": index, "id": bad.id, "path": bad.path, "reason": bad.reason}
+                self._append(entry)
             if self.count > self.max_bad:
-                first = "; ".join(f"{id}: {reason}" for id, reason in list(self.reasons.items())[:3])
+                first = "; ".join(list(self.found.values())[:3])
                 excess = f"{self.count} samples are bad, the limit is {self.max_bad}"
                 raise TooManyBadSamples(f"{excess}; the first: {first}; see {self.path}")
 
-    def _append(self, entry: dict[str, str]) -> None:
+    def _append(self, entry: dict[str, Any]) -> None:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:

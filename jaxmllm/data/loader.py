@@ -1,7 +1,7 @@
 """From records to batches of packed rows: the same for any number of processes, and resumable after any batch.
 
-The shuffled data is dealt to `num_shards` virtual shards. Each has its own Grain iterator and its own open rows
-(packing.py), and provides `rows / num_shards` rows of every batch, in the order of the shards:
+The shuffled data is dealt to `num_shards` virtual shards. Each has its own mixture of the sources (mixture.py) and its
+own open rows (packing.py), and provides `rows / num_shards` rows of every batch, in the order of the shards:
 
     shard    0     1     2     3       process 0 of 2 makes the rows of shards 0 and 1, process 1 the others;
     rows    0 1   2 3   4 5   6 7      a single process makes them all
@@ -12,23 +12,23 @@ So neither a batch nor the position in the data depends on the number of process
 from __future__ import annotations
 
 import collections
-import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grain
 import numpy as np
 
 from jaxmllm.batch import Batch, empty_batch
+from jaxmllm.data import position
 from jaxmllm.data.ledger import Ledger
-from jaxmllm.data.packing import ShardRows
-from jaxmllm.data.samples import Sample, SampleSpec, make_sample
-from jaxmllm.data.sources.record import BadSample, RecordSource
+from jaxmllm.data.mixture import Mixture, SampleMaker, normalized
+from jaxmllm.data.packing import MAX_SAMPLES, OPEN_ROWS, ShardRows
+from jaxmllm.data.samples import Sample, SampleSpec
+from jaxmllm.data.sources.record import RecordSource
+from jaxmllm.processes import say
 
-OPEN_ROWS = 4  # of a shard; more of them leave less padding, but more samples to read again on resume
-MAX_SAMPLES = 64  # of a packed row; also the width of info["sample_ids"]
+AHEAD = 4  # samples that are made ahead, per thread
 
 
 class Loader:
@@ -38,21 +38,24 @@ class Loader:
     from one source to the next), -1 where there is none; "tokens", "images" = how many of each are not padding;
     "dropped" = distinct bad samples in the ledger.
 
-    Memory: `prefetch` batches and the one in use; and, per shard, the samples of OPEN_ROWS rows and 2 * threads more.
+    Memory of a process: `prefetch` batches and the one in use; the samples of OPEN_ROWS rows per shard; and the samples
+    made ahead, which are fewer than AHEAD * threads + shards of the process. A sample takes at most what a row takes.
 
     Args:
-      sources: data sets, each with its share of the samples.
+      sources: data sets, each with its weight: shares of the samples that are trained.
       spec: how records become samples.
       ledger: where bad samples are noted.
       rows: B, rows of the global batch; a multiple of num_shards.
       num_shards: virtual shards; a multiple of process_count. Another number gives other batches.
       seed: of the order.
       packing: several samples per row; otherwise one.
-      threads: how many samples are made at once (default: the number of cores minus two). With 0 they are made one by
-        one, in the thread that makes batches. The batches do not depend on it.
+      threads: how many samples are made at once, in all shards of this process together (default: the number of cores
+        minus two). With 0 they are made one by one, in the thread that makes batches. The batches do not depend on it.
       prefetch: batches made ahead.
+      accept_changed: whether `set_state` accepts sources that have changed.
 
-    Raises ValueError for numbers that do not divide and for sources without records; `next` raises TooManyBadSamples.
+    Raises ValueError for numbers that do not divide, for sources without records and for weights that are not positive;
+    `next` raises TooManyBadSamples, and RuntimeError, naming the record, if making a sample fails.
     """
 
     def __init__(
@@ -69,27 +72,32 @@ class Loader:
         prefetch: int = 2,
         process_index: int = 0,
         process_count: int = 1,
+        accept_changed: bool = False,
     ):
         if rows % num_shards or num_shards % process_count:
             raise ValueError(
                 f"the rows ({rows}) must be a multiple of the virtual shards ({num_shards}), "
                 f"and the virtual shards a multiple of the processes ({process_count})"
             )
-        if not sources or not all(len(source) for source, _ in sources):
-            raise ValueError("each data source must have records, and there must be at least one source")
+        shares = normalized(sources)
         if threads is None:
             threads = max((os.cpu_count() or 1) - 2, 0)
-        self.spec, self.ledger, self.prefetch = spec, ledger, prefetch
+        self.spec, self.ledger, self.prefetch, self.accept_changed = spec, ledger, prefetch, accept_changed
         self.rows_per_shard = rows // num_shards
         self.max_samples = MAX_SAMPLES if packing else 1
-        shards_per_process = num_shards // process_count
+        maker = SampleMaker([source for source, _ in sources], spec, seed)
+        self.sources = position.describe(maker.sources)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="samples") if threads else None
+        count = num_shards // process_count
+        own_shards = range(process_index * count, (process_index + 1) * count)
+        ahead = -(-AHEAD * threads // count)
+        capacity, open_rows = (spec.seq_len, spec.image_slots, self.max_samples), OPEN_ROWS if packing else 1
         self.shards: dict[str, ShardRows] = {}
-        for shard in range(process_index * shards_per_process, (process_index + 1) * shards_per_process):
-            samples = shard_samples(sources, spec, ledger, seed, shard, num_shards)
-            capacity = (spec.seq_len, spec.image_slots, self.max_samples)
-            self.shards[str(shard)] = ShardRows(samples, capacity, OPEN_ROWS if packing else 1, threads)
-        self.state = self._positions()
-        self.maker: ThreadPoolExecutor | None = None
+        for shard in own_shards:
+            mixture = Mixture(shares, maker, ledger, shard, num_shards, self.pool, ahead)
+            self.shards[str(shard)] = ShardRows(mixture, capacity, open_rows)
+        self.state = self._position()
+        self.batch_thread: ThreadPoolExecutor | None = None
         self.pending: collections.deque[Future] = collections.deque()
 
     def __iter__(self) -> Loader:
@@ -98,8 +106,8 @@ class Loader:
     def __next__(self) -> tuple[Batch, dict[str, Any]]:
         if not self.shards:
             raise ValueError("this loader is closed")
-        if self.maker is None:
-            self.maker = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        if self.batch_thread is None:
+            self.batch_thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._make_ahead()
         try:
             batch, info, self.state = self.pending.popleft().result()
@@ -110,27 +118,33 @@ class Loader:
         return batch, info
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch handed out, for the shards of this process: JSON data."""
+        """The position after the last batch handed out, for the shards of this process: JSON data (position.py)."""
         return self.state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position, so that the next batch is the one that followed it. `state` may hold other shards too.
 
-        The samples that waited in open rows are read again. Raises ValueError if a shard of this process is missing.
+        The samples that waited in open rows are read again. Raises ValueError if a shard of this process is missing,
+        for other sources, and for sources that have changed unless the loader accepts that.
         """
-        if missing := self.shards.keys() - state.keys():
+        if missing := self.shards.keys() - state["shards"].keys():
             names = ", ".join(sorted(missing))
             raise ValueError(f"the saved data position lacks the virtual shards {names}; data.shards must not change")
+        if changed := position.changes(state["sources"], self.sources):
+            text = "; ".join(changed)
+            if not self.accept_changed:
+                raise ValueError(f"{text}: `jaxmllm train .. --accept-changed-data` goes on with the data as it is now")
+            say(f"{text}: until the epoch ends, records may be seen twice or never; open rows are read again by place")
         self._stop()
         for shard, rows in self.shards.items():
-            rows.set_state(state[shard])
-        self.state = self._positions()
+            rows.set_state(state["shards"][shard])
+        self.state = self._position()
 
     def close(self) -> None:
         """Stops the threads. The position stays readable."""
         self._stop()
-        for rows in self.shards.values():
-            rows.close()
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
         self.shards = {}
 
     def __enter__(self) -> Loader:
@@ -140,52 +154,30 @@ class Loader:
         self.close()
 
     def _stop(self) -> None:
-        if self.maker:
-            self.maker.shutdown(cancel_futures=True)
-        self.maker = None
+        if self.batch_thread:
+            self.batch_thread.shutdown(cancel_futures=True)
+        self.batch_thread = None
         self.pending.clear()
 
     def _make_ahead(self) -> None:
         while len(self.pending) < self.prefetch:
-            self.pending.append(self.maker.submit(self._make))
+            self.pending.append(self.batch_thread.submit(self._make))
 
     def _make(self) -> tuple[Batch, dict[str, Any], dict[str, Any]]:
-        rows = [next(shard) for shard in self.shards.values() for _ in range(self.rows_per_shard)]
-        batch, info = make_batch(rows, self.spec, self.max_samples)
-        return batch, {**info, "dropped": self.ledger.count}, self._positions()
+        """The next batch, its info, and the position after it. The shards take turns, a sample each, so that the
+        samples of all of them can be made at the same time."""
+        rows: dict[str, list[list[Sample]]] = {shard: [] for shard in self.shards}
+        unfinished = [*self.shards]
+        while unfinished:
+            for shard in unfinished:
+                if row := self.shards[shard].add_sample():
+                    rows[shard].append(row)
+            unfinished = [shard for shard in unfinished if len(rows[shard]) < self.rows_per_shard]
+        batch, info = make_batch([row for part in rows.values() for row in part], self.spec, self.max_samples)
+        return batch, {**info, "dropped": self.ledger.count}, self._position()
 
-    def _positions(self) -> dict[str, Any]:
-        return {shard: rows.get_state() for shard, rows in self.shards.items()}
-
-
-def shard_samples(
-    sources: Sequence[tuple[RecordSource, float]],
-    spec: SampleSpec,
-    ledger: Ledger,
-    seed: int,
-    shard: int,
-    num_shards: int,
-) -> grain.MapDataset:
-    """The endless samples of one shard; bad ones are None, which Grain skips.
-
-    Sources are mixed within each shard: if a mixture were dealt to the shards, a shard could get every second sample,
-    and so a single source.
-    """
-    parts, first = [], 0
-    for number, (source, _) in enumerate(sources):
-        part = grain.MapDataset.range(len(source)).shuffle(seed + number).repeat()[shard::num_shards]
-        parts.append(part.map(functools.partial(load_sample, source, first, spec, ledger)))
-        first += len(source)
-    return grain.MapDataset.mix(parts, [weight for _, weight in sources]) if len(parts) > 1 else parts[0]
-
-
-def load_sample(source: RecordSource, first: int, spec: SampleSpec, ledger: Ledger, index: int) -> Sample | None:
-    """Sample `index` of a source whose ids start at `first`; None if it is bad, which is noted in the ledger."""
-    try:
-        return make_sample(source[index], first + index, spec)
-    except BadSample as bad:
-        ledger.add(bad)
-        return None
+    def _position(self) -> dict[str, Any]:
+        return {"sources": self.sources, "shards": {shard: rows.get_state() for shard, rows in self.shards.items()}}
 
 
 def make_batch(

@@ -8,24 +8,36 @@ training would wait.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
-import grain
-
-from jaxmllm.data.ledger import TooManyBadSamples
+from jaxmllm.data.mixture import Mixture, Placed
 from jaxmllm.data.samples import Sample
 
 T = TypeVar("T")
-MAX_BAD_RUN = 1000  # consecutive bad samples after which a shard is assumed to have no good ones
+OPEN_ROWS = 4  # of a shard; more of them leave less padding, but more samples to read again on resume
+MAX_SAMPLES = 64  # of a packed row; also the width of info["sample_ids"]
 
 
 class Bins(Generic[T]):
-    """At most `count` open rows with the same capacities, such as (tokens, images)."""
+    """Open rows with the same capacities, such as (tokens, images); at most `count`, unless `reopen` opens more."""
 
     def __init__(self, capacity: Sequence[int], count: int):
         self.capacity, self.count = capacity, count
         self.rows: list[tuple[list[T], list[int]]] = []  # items, and how much of each capacity they use
+
+    def reopen(self, rows: Iterable[Iterable[tuple[T, Sequence[int]]]]) -> None:
+        """Opens rows that hold these (item, size). Items that have grown, so that they no longer fit in their row, open
+        another one."""
+        self.rows = []
+        for row in rows:
+            used = list(self.capacity)  # as of a full row, so that the first item opens one
+            for item, size in row:
+                if not self._has_room(([], used), size):
+                    used = [0] * len(self.capacity)
+                    self.rows.append(([], used))
+                self.rows[-1][0].append(item)
+                used[:] = map(int.__add__, used, size)
 
     def add(self, item: T, size: Sequence[int]) -> list[T] | None:
         """Puts an item in a row; it must fit in an empty one. Returns the items of the row closed for it, if any."""
@@ -36,7 +48,7 @@ class Bins(Generic[T]):
             items.append(item)
             used[:] = map(int.__add__, used, size)
         else:
-            if len(self.rows) == self.count:
+            if len(self.rows) >= self.count:
                 fullest = max(self.rows, key=self._fullness)
                 self.rows.remove(fullest)
                 closed = fullest[0]
@@ -52,48 +64,28 @@ class Bins(Generic[T]):
 
 
 class ShardRows:
-    """Endless iterator over the rows (lists of samples) of one shard, with an exact position.
+    """The packed rows of one virtual shard, with an exact position.
 
-    samples: the shard's samples, None where one is bad. capacity: of a row, in the units of `Sample.size`. threads: how
-    many samples are made at once, ahead of use; with 0 each is made when it is needed.
+    capacity: of a row, in the units of `Sample.size`. open_rows: how many rows wait for more samples.
     """
 
-    def __init__(self, samples: grain.MapDataset, capacity: Sequence[int], open_rows: int, threads: int):
-        self.samples = samples
-        read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        self.iterator = iter(samples.to_iter_dataset(read, allow_nones=True))
-        self.next_index = 0
-        self.bins: Bins[tuple[int, Sample]] = Bins(capacity, open_rows)
+    def __init__(self, mixture: Mixture, capacity: Sequence[int], open_rows: int):
+        self.mixture = mixture
+        self.bins: Bins[Placed] = Bins(capacity, open_rows)
 
-    def __next__(self) -> list[Sample]:
-        """The samples of the next row. Raises TooManyBadSamples if the shard seems to have no good ones."""
-        bad_run = 0
-        while bad_run < MAX_BAD_RUN:
-            index, sample = self.next_index, next(self.iterator)
-            self.next_index += 1
-            bad_run = bad_run + 1 if sample is None else 0
-            row = self.bins.add((index, sample), sample.size) if sample else None
-            if row:
-                return [sample for _, sample in row]
-        raise TooManyBadSamples(f"{MAX_BAD_RUN} consecutive samples were bad; see the ledger of bad samples")
+    def add_sample(self) -> list[Sample] | None:
+        """Puts the next sample in a row. Returns the samples of the row closed for it, if any."""
+        placed = next(self.mixture)
+        closed = self.bins.add(placed, placed.sample.size)
+        return closed and [placed.sample for placed in closed]
 
     def get_state(self) -> dict[str, Any]:
-        """The next sample to read, and the samples that wait in open rows: JSON data."""
-        return {
-            "next": self.next_index,
-            "open": [[index for index, _ in items] for items, _ in self.bins.rows],
-        }
+        """The position of the mixture, and the (source, place) of the samples that wait in open rows: JSON data."""
+        rows = [[[placed.source, placed.place] for placed in items] for items, _ in self.bins.rows]
+        return {**self.mixture.get_state(), "open": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position. Samples that were in open rows are read again."""
-        self.next_index = state["next"]
-        grain.experimental.set_next_index(self.iterator, self.next_index)
-        self.bins = Bins(self.bins.capacity, self.bins.count)
-        for indices in state["open"]:
-            row = [(index, sample) for index in indices if (sample := self.samples[index])]
-            if row:
-                sizes = [sample.size for _, sample in row]
-                self.bins.rows.append((row, [sum(column) for column in zip(*sizes)]))
-
-    def close(self) -> None:
-        self.iterator.close()
+        self.mixture.set_state(state)
+        rows = [self.mixture.read_again(places) for places in state["open"]]
+        self.bins.reopen([(placed, placed.sample.size) for placed in row] for row in rows)

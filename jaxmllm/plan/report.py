@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.config import Run, Stage
+from jaxmllm.data.build import check_rows
 from jaxmllm.errors import ConfigError
 from jaxmllm.mesh import AXES
 from jaxmllm.plan.chips import GIB, Topology
-from jaxmllm.plan.compile import Program, compile_stage
+from jaxmllm.plan.compile import Program, compile_stage, devices_of
 from jaxmllm.plan.flops import model_flops
 from jaxmllm.plan.hlo import parse
 from jaxmllm.plan.price import MODELS
@@ -46,13 +47,17 @@ def plan(run: Run, topology: Topology, only: str | None = None, say: Callable[[s
     names = [stage.name for stage in run.stages]
     if only and only not in names:
         raise ConfigError(f"--stage {only}: {run.name} has the stages {', '.join(names)}")
+    planned = [stage for stage in run.stages if only in (None, stage.name)]
+    devices = run.mesh.build(devices_of(topology))
+    for stage in planned:
+        check_rows(run, stage, devices)
     stages, hours = {}, {}
-    for stage in run.stages:
-        if only in (None, stage.name):
-            say(f"compiling the step of stage {stage.name} for {topology.chips} chips of {topology.name} ...")
-            stages[stage.name] = plan_stage(run, stage, topology, say)
-            seconds = stages[stage.name]["predicted_step_seconds"]
-            hours[stage.name] = None if seconds is None else stage.steps * seconds * topology.chips / 3600
+    for stage in planned:
+        say(f"compiling the step of stage {stage.name} for {topology.chips} chips of {topology.name} ...")
+        stages[stage.name] = plan_stage(run, stage, topology, say)
+        seconds = stages[stage.name]["predicted_step_seconds"]
+        unknown = seconds is None or stage.steps is None
+        hours[stage.name] = None if unknown else stage.steps * seconds * topology.chips / 3600
     return {
         "config": run.name,
         "topology": topology.name,

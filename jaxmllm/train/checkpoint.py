@@ -145,13 +145,23 @@ def own_part(state: TrainState) -> dict[str, Any]:
 
 
 def gather_json(data: dict[str, Any]) -> dict[str, Any]:
-    """Joins the dicts of all processes; each process gets the whole."""
+    """Joins the data positions of all processes; each process gets the whole. Raises ValueError if two contradict."""
     if jax.process_count() == 1:
         return data
     text = np.frombuffer(json.dumps(data).encode(), np.uint8)
     size = int(multihost_utils.process_allgather(np.array(text.size)).max())
     rows = multihost_utils.process_allgather(np.pad(text, (0, size - text.size), constant_values=32))
-    return {k: v for row in rows for k, v in json.loads(bytes(row)).items()}
+    return join([json.loads(bytes(row)) for row in rows], "data position")
+
+
+def join(parts: Sequence[Any], name: str) -> Any:
+    """Joins nested dicts, key by key; what several of them hold must be equal. Raises ValueError, naming the place."""
+    if all(isinstance(part, dict) for part in parts):
+        keys = dict.fromkeys(key for part in parts for key in part)
+        return {key: join([part[key] for part in parts if key in part], f"{name}/{key}") for key in keys}
+    if any(part != parts[0] for part in parts):
+        raise ValueError(f"the processes disagree about {name}: do all of them read the same data?")
+    return parts[0]
 
 
 def abstract_on(mesh: jax.sharding.Mesh, tree: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.data.sources.record import BadSample, Blob, Record, RecordSource
+
+ENDS = 1 << 16  # bytes of the head and of the tail of a shard that its fingerprint covers
 
 
 class ArrayRecordSource:
@@ -41,6 +44,19 @@ class ArrayRecordSource:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return ArrayRecordDataSource(self.files)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the names, sizes, heads and tails of the shards; the tail of a shard holds its index."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{os.path.basename(path)} {size}\n".encode())
+                digest.update(file.read(ENDS))
+                file.seek(max(size - ENDS, 0))
+                digest.update(file.read(ENDS))
+        return digest.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "records"}

@@ -1,34 +1,52 @@
-"""Where the records of a JSON array or a JSONL file start and end, found without parsing the file."""
+"""Where the records of a JSON array or a JSONL file start and end, and its fingerprint, without parsing the file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from jaxmllm.data.sources.record import BadSample
 
-CHUNK = 1 << 23  # bytes that are scanned at a time
+CHUNK = 1 << 20  # bytes that are scanned at a time; they stay in the processor's cache between the two readings
 
 
-def record_bounds(content: mmap.mmap | bytes, path: str) -> np.ndarray:
-    """int64[records, 2]: start and end of each record of a JSON array or of JSONL, whichever the file holds."""
+def scan(content: mmap.mmap | bytes, path: str) -> tuple[np.ndarray, str]:
+    """-> (record bounds, fingerprint), from one pass over a JSON array or JSONL, whichever the file holds.
+
+    Bounds: int64[records, 2], start and end of each record. The fingerprint is SHA-256, which most processors have in
+    hardware: here it takes less than half the time of BLAKE2. Raises ValueError if an array ends inside a record.
+    """
+    digest = hashlib.sha256()
     is_array = content[:CHUNK].lstrip()[:1] == b"["
-    return array_bounds(content, path) if is_array else line_bounds(content)
+    bounds = array_bounds(hashed(content, digest), path) if is_array else line_bounds(hashed(content, digest))
+    return bounds, digest.hexdigest()
 
 
-def line_bounds(content: mmap.mmap | bytes) -> np.ndarray:
+def hashed(content: mmap.mmap | bytes, digest: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (start, uint8[bytes]) for each chunk, which is added to the digest."""
+    for at in range(0, len(content), CHUNK):
+        chunk = np.frombuffer(content, np.uint8, min(CHUNK, len(content) - at), at)
+        digest.update(chunk)
+        yield at, chunk
+
+
+def line_bounds(chunks: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
     """int64[records, 2]: start and end of each line that is not blank."""
-    chunks = ((at, np.frombuffer(content[at : at + CHUNK], np.uint8)) for at in range(0, len(content), CHUNK))
-    newlines = [np.flatnonzero(chunk == ord("\n")) + at for at, chunk in chunks]
-    ends = np.concatenate([*newlines, [len(content)]]).astype(np.int64)
+    newlines, size = [], 0
+    for at, chunk in chunks:
+        newlines.append(np.flatnonzero(chunk == ord("\n")) + at)
+        size = at + len(chunk)
+    ends = np.concatenate([*newlines, [size]]).astype(np.int64)
     starts = np.concatenate([[0], ends[:-1] + 1])
     return np.stack([starts, ends], 1)[ends - starts > 1]  # a blank line may hold a carriage return
 
 
-def array_bounds(content: mmap.mmap | bytes, path: str) -> np.ndarray:
+def array_bounds(chunks: Iterable[tuple[int, np.ndarray]], path: str) -> np.ndarray:
     """int64[records, 2]: start and end of each object of a JSON array. Raises ValueError if the file ends inside one.
 
     Braces count only outside strings; a quote opens or closes a string unless it is escaped.
@@ -36,8 +54,7 @@ def array_bounds(content: mmap.mmap | bytes, path: str) -> np.ndarray:
     # Carried from chunk to chunk; `escaped` is about the next byte.
     depth, in_string, escaped = 0, False, False
     starts, ends = [], []
-    for at in range(0, len(content), CHUNK):
-        chunk = np.frombuffer(content[at : at + CHUNK], np.uint8)
+    for at, chunk in chunks:
         slashes = np.flatnonzero(chunk == ord("\\"))
         if escaped and slashes.size and slashes[0] == 0:
             slashes = slashes[1:]

@@ -7,15 +7,16 @@ import mmap
 import os
 from typing import Any
 
-from jaxmllm.data.sources.json_bounds import parse, record_bounds
+from jaxmllm.data.sources.json_bounds import parse, scan
 from jaxmllm.data.sources.record import MAPS, NO_IMAGE, Blob, Record, read_file
 
 
 class LlavaSource:
     """LLaVA's format: a JSON array, or JSONL with one object per line; pictures are separate files.
 
-    The file is mapped, not loaded, and scanned once for where records start. The field `image` is a path relative to
-    `image_root` (default: the folder of the file) or a list of paths; it is absent or one of NO_IMAGE for text only.
+    The file is mapped, not loaded, and read once to see where records start and to hash it. The field `image` is a path
+    relative to `image_root` (default: the folder of the file) or a list of paths; it is absent or one of NO_IMAGE for
+    text only.
     Raises ValueError for a file that is missing or is not JSON.
     """
 
@@ -24,7 +25,7 @@ class LlavaSource:
         if not os.path.isfile(self.path):
             raise ValueError(f"no data file {self.path}")
         self.root = str(image_root) if image_root else os.path.dirname(self.path)
-        self.bounds = record_bounds(self.content, self.path)
+        self.bounds, self.fingerprint = scan(self.content, self.path)
 
     @functools.cached_property
     def content(self) -> mmap.mmap | bytes:

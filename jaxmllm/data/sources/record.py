@@ -59,9 +59,15 @@ class Record:
 class RecordSource(Protocol):
     """Random access to records. `source[i]` raises BadSample if record i cannot be read."""
 
+    path: str  # as the config gives it
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that differs if the records have changed, as far as the format lets that be seen quickly."""
 
 
 def read_file(path: str) -> bytes:

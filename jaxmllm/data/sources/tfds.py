@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -41,6 +43,16 @@ class TfdsSource:
         # Pictures stay encoded: data/images.py decodes them, for all sources alike.
         encoded = {"image": tfds.decode.SkipDecoding()} if "image" in self.builder.info.features else None
         return self.builder.as_data_source(self.split, decoders=encoded)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of what TFDS notes about the split: name, version, lengths of the shards, bytes, checksums."""
+        info = self.builder.info
+        split = info.splits[self.split]
+        lengths = [int(length) for length in split.shard_lengths]
+        checksums = sorted(info.as_proto.download_checksums.items())
+        noted = [info.full_name, self.split, split.num_examples, lengths, int(split.num_bytes), checksums]
+        return hashlib.sha256(json.dumps(noted).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("builder", "records")}
