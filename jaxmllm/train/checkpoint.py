@@ -81,13 +81,13 @@ class StageCheckpoints:
         folder = self.manager.directory / str(self.latest()) / "state"
         with ocp.PyTreeCheckpointer() as checkpointer:
             trained = set(checkpointer.metadata(folder).item_metadata.tree["trainable"])
-            own = {"trainable": {path: x for path, x in abstract.items() if path in trained}}
-            restore_args = ocp.checkpoint_utils.construct_restore_args(own)
-            found = checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(own, restore_args=restore_args, partial_restore=True)
-            )
-        rest = {path: x for path, x in abstract.items() if path not in trained}
-        return found["trainable"] | self.restore_untrained(rest)
+            own, found = {path: x for path, x in abstract.items() if path in trained}, {}
+            if own:
+                item = {"trainable": own}
+                restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+                args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+                found = checkpointer.restore(folder, args=args)["trainable"]
+        return found | self.restore_untrained({path: x for path, x in abstract.items() if path not in trained})
 
     def restore_untrained(self, abstract: Params) -> Params:
         """Parameters that this stage does not train: as the previous stages left them, or as they came."""
