@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmllm.config import FORMAT
+from jaxmllm.recipes import FORMAT
 from jaxmllm.mesh import Mesh
 from jaxmllm.train.checkpoint import StageCheckpoints
 from jaxmllm.train.state import TrainState

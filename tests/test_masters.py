@@ -86,6 +86,8 @@ def test_parameters_that_start_frozen_are_trained_from_what_they_were(tmp_path):
     assert_equal_bits(state.trainable, others(everything.trainable))
     trained(state, checkpoints, seed=0)
     second = trained(*start(run, tmp_path, 1), seed=1)
+    resumed, _ = start(run, tmp_path, 1)  # no stage has trained what this one freezes
+    assert_equal_bits(resumed.frozen, second.frozen)
     third, _ = start(run, tmp_path, 2)
     assert_equal_bits(third.trainable, llm(everything.trainable) | second.trainable)
 
