@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jaxmllm.config import Run, Stage
+from jaxmllm.config import ConfigError, Run, Stage
 from jaxmllm.host_batches import global_from_rows, process_rows
 from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
@@ -50,7 +50,8 @@ def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any], profile:
     """Trains all stages of `config` in `workdir` on the batches of `make_loader(stage)`.
 
     profile: first and last step to trace, of the first stage that is trained. Raises ConfigError for a workdir of
-    another config, Stopped after a signal, FloatingPointError for a loss or gradient that is not finite.
+    another config and for steps that are not trained, Stopped after a signal, FloatingPointError for a loss or gradient
+    that is not finite.
     """
     claim_workdir(config, workdir)
     mesh = config.mesh.build()
@@ -58,9 +59,11 @@ def run(config: Run, workdir: str, make_loader: Callable[[Stage], Any], profile:
         session = Session(config, workdir, mesh, make_loader, stop, profiler)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))
-        for stage, checkpoints in zip(config.stages, all_checkpoints):
-            if checkpoints.latest() != stage.steps:
-                run_stage(session, stage, checkpoints)
+        left = [(stage, own) for stage, own in zip(config.stages, all_checkpoints) if own.latest() != stage.steps]
+        if profile and not left:
+            raise ConfigError(f"--profile: {workdir} is trained to the end; use another --workdir")
+        for stage, checkpoints in left:
+            run_stage(session, stage, checkpoints)
 
 
 def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> None:
