@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxmllm import config as configs
-from jaxmllm.config import ConfigError
+from jaxmllm import recipes
 from jaxmllm.data import build
 from jaxmllm.data.build import check_division, resolve, resolve_shards, resolve_steps
 from jaxmllm.data.sizes import steps_of_epochs
 from jaxmllm.data.sources.llava import LlavaSource
+from jaxmllm.errors import ConfigError
 from jaxmllm.plan import report
 from jaxmllm.plan.chips import topology
 from tests.conftest import settings
@@ -60,7 +60,7 @@ def test_the_mend_of_a_division_helps():
 @pytest.fixture
 def run(scenes):
     config, _, *overrides = settings(scenes)
-    return configs.override(configs.load(config), overrides)
+    return recipes.override(recipes.load(config), overrides)
 
 
 def with_epochs(run, number, epochs, **changes):
@@ -83,10 +83,10 @@ def test_resolving_fills_in_numbers_and_keeps_them(run, tmp_path, capsys, monkey
     assert resolve(found) == found
 
     monkeypatch.setattr(build, "resolve_steps", lambda *_: 12345)
-    (tmp_path / "config.json").write_text(json.dumps(configs.to_document(found)))
+    (tmp_path / "config.json").write_text(json.dumps(recipes.to_document(found)))
     assert resolve(run, str(tmp_path)) == found  # not measured again, whatever the data is now
     assert resolve(with_epochs(run, 0, 3.0), str(tmp_path)).stages[0].steps == 12345
-    assert configs.from_document(configs.to_document(found), "config.json") == found
+    assert recipes.from_document(recipes.to_document(found), "config.json") == found
 
 
 def test_check_data_covers_every_stage(run, tmp_path):

@@ -156,6 +156,8 @@ def test_a_trace_of_some_steps(run, tmp_path, capsys):
     with pytest.raises(ConfigError, match="--profile 2:9: stage align is to train steps 1 to 6"):
         train(run, tmp_path, profile=(2, 9))
     train(run, tmp_path, profile=(3, 4))
+    with pytest.raises(ConfigError, match="trained to the end"):
+        train(run, tmp_path, profile=(3, 4))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("trace"))
     assert re.match(r"trace of steps 3 to 4: .*/profile; to open it: pip install xprof, then xprof --logdir=", line)

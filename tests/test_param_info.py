@@ -121,7 +121,7 @@ def zero_gradient_updates(rule: Rule) -> tuple[dict, dict]:
         (Rule(".*", decay=False), set()),
         (Rule(".*", lr=0.5), {"matrix", "embedding", "array"}),
     ],
-    ids=str,
+    ids=["default", "all", "none", "other rate"],
 )
 def test_what_is_decayed(rule, decayed):
     """A parameter without a gradient changes by rate * decay, or not at all."""

@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class WeightsAndBiases:
         named = folder / stage.name / "wandb_id"
         if not named.exists():
             named.parent.mkdir(parents=True, exist_ok=True)
-            named.write_text(wandb.util.generate_id())
+            named.write_text(uuid.uuid4().hex[:8])
         return WeightsAndBiasesWriter(
             wandb.init(
                 project=self.project,
