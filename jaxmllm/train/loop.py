@@ -64,14 +64,15 @@ class StageTools:
 def run(config: Run, workdir: str, hooks: Hooks) -> None:
     """Trains all stages of `config` in `workdir`.
 
-<<<<<<< HEAD
-    Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss or
-    gradient that is not finite.
-=======
-    profile: first and last step to trace, of the first stage that is trained. Raises ConfigError for a workdir of
-    another config and for steps that are not trained, Stopped after a signal, FloatingPointError for a loss or gradient
-    that is not finite.
->>>>>>> workA
+        left = [
+            (stage, own)
+            for stage, own in zip(config.stages, all_checkpoints)
+            if own.latest() != stage.steps or hooks.evals[stage.name].due(stage.steps)
+        ]
+        if hooks.profile and not left:
+            raise ConfigError(f"--profile: {workdir} is trained to the end; use another --workdir")
+        for stage, checkpoints in left:
+            run_stage(session, stage, checkpoints)
     """
     mesh = config.mesh.build()
     with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(hooks.profile, workdir)) as profiler:
@@ -80,17 +81,15 @@ def run(config: Run, workdir: str, hooks: Hooks) -> None:
         session = Session(config, workdir, mesh, hooks, stop, profiler)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))
-<<<<<<< HEAD
-        for stage, checkpoints in zip(config.stages, all_checkpoints):
-            if checkpoints.latest() != stage.steps or hooks.evals[stage.name].due(stage.steps):
-                run_stage(session, stage, checkpoints)
-=======
-        left = [(stage, own) for stage, own in zip(config.stages, all_checkpoints) if own.latest() != stage.steps]
-        if profile and not left:
+        left = [
+            (stage, own)
+            for stage, own in zip(config.stages, all_checkpoints)
+            if own.latest() != stage.steps or hooks.evals[stage.name].due(stage.steps)
+        ]
+        if hooks.profile and not left:
             raise ConfigError(f"--profile: {workdir} is trained to the end; use another --workdir")
         for stage, checkpoints in left:
             run_stage(session, stage, checkpoints)
->>>>>>> workA
 
 
 def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> None:
