@@ -110,7 +110,7 @@ def test_tfds_folders_need_no_tensorflow(tmp_path, kind):
     assert "tensorflow" not in sys.modules
     noted = builder.data_path / "dataset_info.json"
     same, text = open_source(f"{builder.data_path}:train").fingerprint, noted.read_text()
-    assert same == source.fingerprint
+    assert same == source.fingerprint and source.path == f"{builder.data_path}:train"
     noted.write_text(text.replace('"numBytes": "', '"numBytes": "1'))
     assert open_source(f"{builder.data_path}:train").fingerprint != same
     with pytest.raises(ValueError, match="has no split 'val'; it has train"):

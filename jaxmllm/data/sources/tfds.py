@@ -19,7 +19,8 @@ class TfdsSource:
     """
 
     def __init__(self, folder: str, split: str = "train"):
-        self.path, self.split = str(folder), split
+        self.folder, self.split = str(folder), split
+        self.path = f"{folder}:{split}"
         if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
             raise ValueError(f"{folder} is not a TFDS folder: it has no dataset_info.json")
         splits, features = self.builder.info.splits, set(self.builder.info.features)
@@ -33,7 +34,7 @@ class TfdsSource:
         """TFDS's description of the folder."""
         import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(self.path)
+        return tfds.builder_from_directory(self.folder)
 
     @functools.cached_property
     def records(self) -> Any:
