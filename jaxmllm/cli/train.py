@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.eval.periodic import StageEvals
     from jaxmllm.train import loop, stop
     from jaxmllm.train.profile import parse_steps
+    from jaxmllm.train.session import Hooks
     from jaxmllm.weights.parts import load_parts
 
     profile = parse_steps(args.profile) if args.profile else None
@@ -53,9 +54,6 @@ def run(args: argparse.Namespace) -> None:
         return arrays, [dataclasses.asdict(report) for report in reports]
 
     try:
-        hooks = loop.Hooks(
-            lambda stage: make_loader(config, stage, workdir, args.accept_changed_data), load, evals, profile
-        )
-        loop.run(config, workdir, hooks)
+        loop.run(config, workdir, Hooks(make, load, evals, profile))
     except stop.Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -8,71 +8,28 @@ Which steps have a row of metrics depends on the config only, so an interrupted 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 
-from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.config import Run, Stage
+from jaxmllm.errors import ConfigError
 from jaxmllm.host_batches import global_from_rows, process_rows
 from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.train.metrics import Reporter, report
 from jaxmllm.train.profile import Profiler
-from jaxmllm.train.setup import LoadParts, check_stages, claim_workdir, start_stage
+from jaxmllm.train.session import Hooks, Session, StageTools
+from jaxmllm.train.setup import check_stages, claim_workdir, start_stage
 from jaxmllm.train.stop import Stopped, StopSignal
-
-
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-    """What a run gets from outside: train/ knows neither data sets, nor weights of others, nor evaluation.
-
-    evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state) makes
-    them and returns the seconds that it took. profile: first and last step to trace, of the first stage that is
-    trained.
-    """
-
-    make_loader: Callable[[Stage], Any]
-    load_parts: LoadParts
-    evals: Mapping[str, Any]
-    profile: tuple[int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """What all stages of a run share."""
-
-    config: Run
-    workdir: str
-    mesh: jax.sharding.Mesh
-    hooks: Hooks
-    stop: StopSignal
-    profiler: Profiler
-
-
-@dataclasses.dataclass(frozen=True)
-class StageTools:
-    """What one stage reads from and writes to."""
-
-    loader: Any
-    checkpoints: StageCheckpoints
-    reporter: Reporter
 
 
 def run(config: Run, workdir: str, hooks: Hooks) -> None:
     """Trains all stages of `config` in `workdir`.
 
-        left = [
-            (stage, own)
-            for stage, own in zip(config.stages, all_checkpoints)
-            if own.latest() != stage.steps or hooks.evals[stage.name].due(stage.steps)
-        ]
-        if hooks.profile and not left:
-            raise ConfigError(f"--profile: {workdir} is trained to the end; use another --workdir")
-        for stage, checkpoints in left:
-            run_stage(session, stage, checkpoints)
+    Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss or
+    gradient that is not finite.
     """
     mesh = config.mesh.build()
     with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(hooks.profile, workdir)) as profiler:
