@@ -53,7 +53,7 @@ def plain(params: dict, x: jax.Array, memory, positions: np.ndarray) -> jax.Arra
     block, layers = DecoderBlock(2, 2, 8, 24, 10000.0, 1e-5, False), params["blocks"]["layers"]["block"]
     ones, at = jnp.ones((ROWS, LENGTH), jnp.int32), jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
     for i in range(5):
-        x, _ = block.apply({"params": layer_weights(layers, i)}, x, None, at, ones, 0)
+        x, *_ = block.apply({"params": layer_weights(layers, i)}, x, None, at, ones, 0)
         if i not in (1, 3):
             continue
         weights = layer_weights(params["visual"]["layers"]["layer"], (1, 3).index(i))

@@ -46,7 +46,7 @@ def test_language_model(family, tied, tmp_path):
     positions, ones = np.broadcast_to(np.arange(11), ids.shape), np.ones_like(ids)
 
     def run(decoder, ids):
-        states, taps, _ = decoder(decoder.embed(ids), positions, ones, taps=(1, 2, 3))
+        states, taps, *_ = decoder(decoder.embed(ids), positions, ones, taps=(1, 2, 3))
         return jnp.einsum("bsh,vh->bsv", states, decoder.output_table()), taps
 
     key_map = key_map_of(decoder)

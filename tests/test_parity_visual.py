@@ -33,9 +33,10 @@ def channels_first(x: np.ndarray):
     return torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
 
 
-def tokens(aggregator, params, cells, mask=None):
+def tokens(aggregator, params, cells, width, mask=None):
     mask = np.ones(cells.shape[:3], bool) if mask is None else mask
-    return apply(aggregator, params, {"a": FeatureMap(jnp.asarray(cells))}, {"a": jnp.asarray(mask)}).tokens
+    maps, masks = {"a": FeatureMap(jnp.asarray(cells))}, {"a": jnp.asarray(mask)}
+    return apply(aggregator, params, maps, masks, llm_width=width).tokens
 
 
 @pytest.mark.parametrize("size", [(24, 24), (27, 27), (16, 11), (5, 40)])
@@ -76,14 +77,14 @@ def test_qformer():
     mask[1, 0] = False
     example = {"a": FeatureMap(jnp.asarray(image))}, {"a": jnp.asarray(mask)}
     key_map, foreign = key_maps.qformer(ours), {k: v.numpy() for k, v in weights.items()}
-    params = import_weights(key_map, foreign, shapes(ours, *example))
+    params = import_weights(key_map, foreign, shapes(ours, *example, llm_width=12))
     assert all(np.array_equal(x, foreign[k]) for k, x in export_weights(key_map, params).items())
     states = theirs(
         query_embeds=queries.expand(2, -1, -1),
         encoder_hidden_states=torch.from_numpy(image).flatten(1, 2),
         encoder_attention_mask=torch.from_numpy(mask).flatten(1).long(),
     )
-    close(tokens(ours, params, image, mask), linear(states.last_hidden_state))
+    close(tokens(ours, params, image, 12, mask), linear(states.last_hidden_state))
 
 
 def test_resampler():
@@ -97,8 +98,8 @@ def test_resampler():
     key_map = key_maps.resampler(2) + copy("eye", "projector/kernel") + copy("zero", "projector/bias")
     foreign = {k: v.numpy() for k, v in theirs.state_dict().items()}
     last = {"eye": np.eye(16, dtype=np.float32), "zero": np.zeros(16, np.float32)}
-    params = import_weights(key_map, foreign | last, shapes(ours, *example))
-    close(tokens(ours, params, image), theirs(torch.from_numpy(image).flatten(1, 2)))
+    params = import_weights(key_map, foreign | last, shapes(ours, *example, llm_width=16))
+    close(tokens(ours, params, image, 16), theirs(torch.from_numpy(image).flatten(1, 2)))
 
 
 def test_pixel_shuffle():
@@ -109,7 +110,7 @@ def test_pixel_shuffle():
     theirs, image = randomise(Idefics3Connector(config)), random(2, 6, 6, 6)
     kernel = theirs.modality_projection.proj.weight.detach().numpy().T
     params = {"projector/linear_0/kernel": kernel, "projector/linear_0/bias": np.zeros(8, np.float32)}
-    close(tokens(PixelShuffle(2, 3, depth=1), params, image), theirs(torch.from_numpy(image).flatten(1, 2)))
+    close(tokens(PixelShuffle(2, 3, depth=1), params, image, 8), theirs(torch.from_numpy(image).flatten(1, 2)))
 
 
 def test_block_of_c_abstractor():
