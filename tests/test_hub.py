@@ -17,11 +17,11 @@ from tests.conftest import ROOT
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors.index.json": b"{}",
+    "model.safetensors.index.json": b"index",
     "model-00001-of-00002.safetensors": b"one",
     "model-00002-of-00002.safetensors": b"two",
-    "tokenizer.json": b"{}",
-    "preprocessor_config.json": b"{}",
+    "tokenizer.json": b"tokenizer",
+    "preprocessor_config.json": b"pictures",
     "pytorch_model.bin": b"the same weights again",
     "consolidated.safetensors": b"and again",
     "original/model.safetensors": b"and again",
@@ -42,7 +42,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
-        self.asked.append(path)
+        self.asked.append(f"{self.command} {path}")
         if path.startswith("/api/models/org/gated"):
             return self.send(403, b"", {"X-Error-Code": "GatedRepo"})
         if not path.startswith(("/api/models/org/name/", "/org/name/")):
@@ -83,6 +83,13 @@ def endpoint():
 
 def download(source: str, home, endpoint: str, offline: bool = False) -> str:
     """What a process of its own prints: the source's name and the folder, or the error."""
+    process = start(source, home, endpoint, offline)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out.strip()
+
+
+def start(source: str, home, endpoint: str, offline: bool = False) -> subprocess.Popen:
     script = (
         "import sys; from jaxmllm.weights.hub import download\n"
         "try: print(*download(sys.argv[1]))\n"
@@ -91,9 +98,8 @@ def download(source: str, home, endpoint: str, offline: bool = False) -> str:
     cleared = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline))}
     command = [sys.executable, "-c", script, source]
-    done = subprocess.run(command, cwd=ROOT, env=cleared | settings, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=cleared | settings, **pipes)
 
 
 def test_download_and_then_offline(endpoint, tmp_path):
@@ -109,6 +115,14 @@ def test_download_and_then_offline(endpoint, tmp_path):
     assert download("hf:org/name@v1", tmp_path, endpoint, offline=True) == f"{name} {folder}"
     assert download(f"hf:org/name@{COMMIT}", tmp_path, endpoint, offline=True) == f"{name} {folder}"
     assert not Hub.asked
+
+
+def test_processes_of_a_host_share_a_download(endpoint, tmp_path):
+    Hub.asked.clear()
+    started = [start("hf:org/name@main", tmp_path, endpoint) for _ in range(3)]
+    assert len({process.communicate()[0] for process in started}) == 1
+    for file in WANTED:
+        assert Hub.asked.count(f"GET /org/name/resolve/{COMMIT}/{file}") == 1
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,10 @@ def test_a_process_reads_the_rows_of_its_devices(tables):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("devices, axes", [(1, ("fsdp=1",)), (8, ("fsdp=4", "tensor=2"))])
+@pytest.mark.parametrize(
+    "devices, axes, dtype",
+    [(1, ("fsdp=1",), "float32"), (1, ("fsdp=1",), "bfloat16"), (8, ("fsdp=4", "tensor=2"), "float32")],
+)
 def test_memory_beyond_the_arrays(devices, axes, dtype, large):
     figures = load(devices, "large", large, dtype, *axes)
     assert figures["files"] > 3e9
