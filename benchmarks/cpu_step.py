@@ -28,11 +28,14 @@ import transformers
 from jaxmllm import bench, host_batches, processes
 from jaxmllm.aggregators.mlp import MLPProjector
 from jaxmllm.batch import IGNORE_LABEL, Batch
-from jaxmllm.config import Data, Optim, Rule, Run, Stage
+from jaxmllm.config import Data, Rule, Run, Stage
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.mllm import MLLM
+from jaxmllm.objectives.next_token import NextToken
+from jaxmllm.train.optimizers import AdamW
+from jaxmllm.train.schedules import Constant
 from jaxmllm.train.setup import stage_program
 from jaxmllm.weights.convert import import_weights
 from jaxmllm.weights.encoder_key_maps import clip_vision
@@ -71,11 +74,18 @@ def recipe(case: Case) -> Run:
         48, 8, taps=(3,), class_token=True, pre_norm=True, patch_bias=False, activation="quick_gelu", **VIT, **fast
     )
     decoder = Decoder(case.vocab, case.width, case.layers, case.heads, case.heads, case.mlp, **fast)
-    model = MLLM({"clip": vit}, {"clip": Single()}, MLPProjector(case.width, 6), decoder, {}, vocab_chunk=256)
-    optim = Optim(RATE, warmup=0.0, final=1.0, weight_decay=DECAY, clip=CLIP)
-    stage = Stage("step", (), 10000, case.rows, (Rule(".*"),), {"next_token": 1.0}, optim)
-    data = Data("", None, seq_len=case.length, image_slots=case.images)
-    return Run("cpu_step", model, data, (stage,), compute_dtype="float32")
+    model = MLLM({"clip": vit}, {"clip": Single()}, MLPProjector(6), decoder, {"next_token": NextToken(chunk=256)})
+    stage = Stage(
+        name="step",
+        sources=(),
+        steps=10000,
+        rows=case.rows,
+        rules=(Rule(".*", decay=True),),  # as torch
+        losses={"next_token": 1.0},
+        optim=AdamW(lr=RATE, schedule=Constant(), weight_decay=DECAY, clip=CLIP),
+    )
+    data = Data(tokenizer="", template=None, seq_len=case.length, image_slots=case.images)
+    return Run(name="cpu_step", model=model, data=data, stages=(stage,), compute_dtype="float32")
 
 
 def llava(case: Case) -> transformers.LlavaForConditionalGeneration:

@@ -101,7 +101,7 @@ class WholeLayer(SVALayer):
         for k, (f, mask) in enumerate(zip(memory.maps, memory.masks)):
             m = f.shape[1] // grid
             if m > 1:
-                positions = LearnedArray((m, m, self.width), normal(1.0), name=f"pos_embed_{k}")()
+                positions = LearnedArray(normal(1.0), name=f"pos_embed_{k}")((m, m, self.width))
                 f = f + jnp.tile(positions, (grid, grid, 1))
             keys = Linear((self.width,), **plain, name=f"k_proj_{k}")(Norm(name=f"k_norm_{k}")(f))
             vals = Linear((self.width,), **plain, name=f"v_proj_{k}")(Norm(name=f"v_norm_{k}")(f))

@@ -5,13 +5,14 @@
     518 px -> DINOv2 ViT-L/14, 5 taps -> MMFuser /
 
 It has two encoders instead of Cambrian-1's four; `cambrian_8b.py:published` has all four. Bring your own tokenizer,
-pictures and conversations, under data/.
+pictures and conversations, under data/, and the weights: --set init.llm=DIR init.encoders.clip=DIR
+init.encoders.dino=DIR
 """
 
 import dataclasses
 
 from jaxmllm.aggregators.sva import SVA, SVALayer
-from jaxmllm.config import Data, Optim, Rule, Run, Source, Stage
+from jaxmllm.config import Data, Rule, Run, Source, Stage
 from jaxmllm.data.templates import LLAMA3
 from jaxmllm.encoders.presets import cambrian, clip_l_336, dinov2_l
 from jaxmllm.fusers.mmfuser import MMFuser
@@ -19,6 +20,9 @@ from jaxmllm.fusers.single import Single
 from jaxmllm.llms import presets
 from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
+from jaxmllm.objectives.next_token import NextToken
+from jaxmllm.train.optimizers import AdamW
+from jaxmllm.train.schedules import Cosine
 
 WIDTH, GRID = 1024, 24
 
@@ -30,27 +34,41 @@ def model() -> MLLM:
             "dino": dinov2_l(taps=(4, 9, 14, 19, 24), resize=GRID),
         },
         fusers={"clip": MMFuser(), "dino": MMFuser()},
-        aggregator=SVA(WIDTH, llm_width=4096, grid=GRID, depth=3),
-        llm=presets.llama3_8b(inserts=VisualInserts(SVALayer(WIDTH), start=0, stride=3, count=10), remat="projections"),
-        distill={},
+        aggregator=SVA(width=WIDTH, grid=GRID, depth=3),
+        llm=presets.llama3_8b(
+            inserts=VisualInserts(layer=SVALayer(WIDTH), start=0, stride=3, count=10), remat="projections"
+        ),
+        objectives={"next_token": NextToken()},
     )
 
 
 def config() -> Run:
-    captions = Source("data/cambrian/alignment_2.5m.jsonl", "data/cambrian")
-    questions = Source("data/cambrian/cambrian_7m.jsonl", "data/cambrian")
+    captions = Source("data/cambrian/alignment_2.5m.jsonl", image_root="data/cambrian")
+    questions = Source("data/cambrian/cambrian_7m.jsonl", image_root="data/cambrian")
     frozen, connector = Rule("^encoders_", lr=None), Rule("^(fusers_|aggregator/|llm/visual/)")
-    losses = {"next_token": 1.0}
+    common = {"rows": 256, "losses": {"next_token": 1.0}}
     return Run(
         name="cambrian_8b",
         model=model(),
         # A row holds about two pictures of 600 tokens each and the conversations about them.
-        data=Data("data/llama3/tokenizer", LLAMA3, seq_len=2048, image_slots=2),
+        data=Data(tokenizer="data/llama3/tokenizer", template=LLAMA3, seq_len=2048, image_slots=2),
         stages=(
             Stage(
-                "align", (captions,), 4_900, 256, (frozen, connector, Rule(".*", lr=None)), losses, Optim(1e-3, 0.06)
+                name="align",
+                sources=(captions,),
+                steps=4_900,
+                rules=(frozen, connector, Rule(".*", lr=None)),
+                optim=AdamW(lr=1e-3, schedule=Cosine(warmup=0.06)),
+                **common,
             ),
-            Stage("instruct", (questions,), 13_800, 256, (frozen, Rule(".*")), losses, Optim(4e-5)),
+            Stage(
+                name="instruct",
+                sources=(questions,),
+                steps=13_800,
+                rules=(frozen, Rule(".*")),
+                optim=AdamW(lr=4e-5, schedule=Cosine(warmup=0.03)),
+                **common,
+            ),
         ),
     )
 

@@ -1,25 +1,39 @@
-"""A plain language model with the sizes of Llama-3-8B on packed text, with which the cost of the visual path is
-compared.
+"""A plain language model with the sizes of Llama-3-8B on packed text, to compare the cost of the visual path with.
 
 Bring your own tokenizer and text; `jaxmllm plan` needs neither.
 """
 
 import dataclasses
 
-from jaxmllm.config import Data, Optim, Rule, Run, Source, Stage
+from jaxmllm.config import Data, Rule, Run, Source, Stage
 from jaxmllm.data.templates import LLAMA3
 from jaxmllm.llms import presets
 from jaxmllm.mllm import MLLM
+from jaxmllm.objectives.next_token import NextToken
+from jaxmllm.train.optimizers import AdamW
+from jaxmllm.train.schedules import Cosine
 
 
 def config() -> Run:
-    optim = Optim(3e-5, warmup=0.03, final=0.1, weight_decay=0.1, b2=0.95)
-    rules = (Rule("norm", decay=False), Rule(".*"))
-    stage = Stage("text", (Source("data/text/train.jsonl"),), 10_000, 256, rules, {"next_token": 1.0}, optim)
+    stage = Stage(
+        name="text",
+        sources=(Source("data/text/train.jsonl"),),
+        steps=10_000,
+        rows=256,
+        rules=(Rule(".*"),),
+        losses={"next_token": 1.0},
+        optim=AdamW(lr=3e-5, schedule=Cosine(warmup=0.03, final=0.1), weight_decay=0.1, b2=0.95),
+    )
     return Run(
         name="llama3_8b",
-        model=MLLM({}, {}, None, presets.llama3_8b(remat="projections"), {}),
-        data=Data("data/llama3/tokenizer", LLAMA3, seq_len=2048, image_slots=0),
+        model=MLLM(
+            encoders={},
+            fusers={},
+            aggregator=None,
+            llm=presets.llama3_8b(remat="projections"),
+            objectives={"next_token": NextToken()},
+        ),
+        data=Data(tokenizer="data/llama3/tokenizer", template=LLAMA3, seq_len=2048, image_slots=0),
         stages=(stage,),
     )
 

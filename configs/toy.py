@@ -8,7 +8,7 @@
 import dataclasses
 
 from jaxmllm.aggregators.sva import SVA, SVALayer
-from jaxmllm.config import Data, Optim, Rule, Run, Source, Stage
+from jaxmllm.config import Data, Rule, Run, Source, Stage
 from jaxmllm.data.targets import MapTargets
 from jaxmllm.data.templates import TOY
 from jaxmllm.encoders.vit import ViT
@@ -18,33 +18,34 @@ from jaxmllm.llms.decoder import Decoder
 from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
+from jaxmllm.objectives.next_token import NextToken
+from jaxmllm.train.optimizers import AdamW
+from jaxmllm.train.schedules import Cosine
 
 SCENES = "data/scenes"
-GRID, WIDTH = 6, 96
+GRID = 6
 SMALL = {"remat": "none", "unroll": True}  # a toy fits in memory: save everything, unroll the few layers
 
 
 def model() -> MLLM:
+    clip = {"size": 48, "patch": 8, "width": 96, "layers": 3, "heads": 4, "mlp": 192, "stem": (24, 48)}
+    dino = {"size": 48, "patch": 4, "width": 48, "layers": 1, "heads": 2, "mlp": 96, "stem": (24,)}
     return MLLM(
-        encoders={
-            "clip": ViT(48, 8, width=96, layers=3, heads=4, mlp=192, taps=(1, 2, 3), stem=(24, 48), **SMALL),
-            "dino": ViT(48, 4, width=48, layers=1, heads=2, mlp=96, taps=(1,), stem=(24,), **SMALL),
-        },
+        encoders={"clip": ViT(taps=(1, 2, 3), **clip, **SMALL), "dino": ViT(taps=(1,), **dino, **SMALL)},
         fusers={"clip": MMFuser(heads=4, points=2), "dino": Single()},
-        aggregator=SVA(width=96, llm_width=WIDTH, grid=GRID, depth=1, heads=4),
+        aggregator=SVA(width=96, grid=GRID, depth=1, heads=4),
         llm=Decoder(
             vocab=256,
-            width=WIDTH,
+            width=96,
             layers=4,
             heads=4,
             kv_heads=4,
             mlp=192,
             tied=True,
-            inserts=VisualInserts(SVALayer(width=96, heads=4), start=0, stride=2, count=1),
+            inserts=VisualInserts(layer=SVALayer(width=96, heads=4), start=0, stride=2, count=1),
             **SMALL,
         ),
-        distill={"depth": regress(4), "seg": regress(16, blocks=0)},
-        vocab_chunk=256,
+        objectives={"next_token": NextToken(chunk=256), "depth": regress(4), "seg": regress(16, blocks=0)},
     )
 
 
@@ -53,11 +54,9 @@ def regress(dim: int, blocks: int = 1) -> EmbedDistill:
 
     Without blocks the predictor is linear in the state of the visual token at each cell.
     """
-    cells = GRID * GRID
     return EmbedDistill(
-        cells,
-        dim,
-        WIDTH,
+        queries=GRID * GRID,
+        dim=dim,
         layers=(1,),
         tokens=2,
         predictor_width=96,
@@ -69,22 +68,31 @@ def regress(dim: int, blocks: int = 1) -> EmbedDistill:
 
 
 def config() -> Run:
-    optim = Optim(1.2e-3, warmup=0.05, final=0.02, weight_decay=0.05, b2=0.98)
-    captions, questions = (
-        Source(f"{SCENES}/align.jsonl", weight=0.1),
-        Source(f"{SCENES}/instruct.jsonl", weight=0.9),
-    )
-    first = dataclasses.replace(optim, lr=2e-3, final=0.5)
-    losses = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
+    optim = AdamW(lr=1.2e-3, schedule=Cosine(warmup=0.05, final=0.02), weight_decay=0.05, b2=0.98)
+    captions = Source(f"{SCENES}/align.jsonl", weight=0.1)
+    questions = Source(f"{SCENES}/instruct.jsonl", weight=0.9)
+    common = {"rows": 12, "rules": (Rule(".*"),), "losses": {"next_token": 1.0, "depth": 0.5, "seg": 0.5}}
     return Run(
         name="toy",
         model=model(),
-        data=Data(f"{SCENES}/tokenizer", TOY, seq_len=240, image_slots=3, targets=MapTargets(GRID), shards=4),
+        data=Data(
+            tokenizer=f"{SCENES}/tokenizer",
+            template=TOY,
+            seq_len=240,
+            image_slots=3,
+            targets=MapTargets(GRID),
+        ),
         stages=(
             # Captions and maps: the visual path learns what is in the picture, and where.
-            Stage("align", (captions,), 150, 12, (Rule(".*"),), losses, first),
+            Stage(
+                name="align",
+                sources=(captions,),
+                steps=150,
+                optim=dataclasses.replace(optim, lr=2e-3, schedule=Cosine(warmup=0.05, final=0.5)),
+                **common,
+            ),
             # Questions and captions, still with the maps.
-            Stage("instruct", (questions, captions), 1150, 12, (Rule(".*"),), losses, optim),
+            Stage(name="instruct", sources=(questions, captions), steps=1150, optim=optim, **common),
         ),
         compute_dtype="float32",
     )
@@ -96,15 +104,16 @@ def tiny() -> Run:
     vit = {"width": 32, "layers": 2, "heads": 2, "mlp": 32, "stem": ()}
     parts = base.model
     inserts = dataclasses.replace(parts.llm.inserts, layer=SVALayer(width=32, heads=2))
+    maps = {name: parts.objectives[name].clone(predictor_width=16, head_dim=8) for name in ("depth", "seg")}
     model = parts.clone(
         encoders={
             "clip": parts.encoders["clip"].clone(taps=(1, 2), **vit),
             "dino": parts.encoders["dino"].clone(taps=(2,), **vit),
         },
         fusers={"clip": MMFuser(heads=2, points=2), "dino": Single()},
-        aggregator=SVA(width=32, llm_width=32, grid=GRID, depth=1, heads=2),
+        aggregator=SVA(width=32, grid=GRID, depth=1, heads=2),
         llm=parts.llm.clone(width=32, layers=3, heads=2, kv_heads=2, mlp=32, inserts=inserts),
-        distill={k: v.clone(width=32, predictor_width=16, head_dim=8) for k, v in parts.distill.items()},
+        objectives={**parts.objectives, **maps},
     )
     stages = tuple(dataclasses.replace(stage, steps=4, rows=8) for stage in base.stages)
     return dataclasses.replace(base, name="tiny", model=model, stages=stages, save_every=2, log_every=1)

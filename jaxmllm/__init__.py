@@ -2,7 +2,8 @@
 
     image -> encoder taps -> fuser -> aggregator -> language model -> objectives
 
-    config.py    the fields of a config        batch.py         structs that the parts exchange
+    config.py    the fields of a config        recipes.py       configs: files, overrides, JSON
+    batch.py     structs that the parts exchange   errors.py    what is wrong with a request
     mllm.py      the whole model on one page   mesh.py          mesh axes and sharding rules
     sharded.py   operations on split arrays    host_batches.py  numpy batches -> arrays on all devices
     processes.py joins processes, sets malloc  bench.py         times real steps

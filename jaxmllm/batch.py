@@ -139,7 +139,6 @@ class TokenLayout:
     """The order of an image's tokens: line by line of the grid, each line followed by its newline token, then the
     tokens that belong to no cell."""
 
-    width: int  # H
     grid: int = 0  # L; 0: no token belongs to a cell (a resampler)
     newline: bool = False  # a token at the end of every line
     unpad: bool = False  # tokens of cells that show only padding have no place in the row

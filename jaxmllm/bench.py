@@ -18,8 +18,9 @@ import numpy as np
 
 from jaxmllm import host_batches
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.config import Run, Stage
 from jaxmllm.data.build import make_loader
+from jaxmllm.errors import ConfigError
 from jaxmllm.plan.chips import CHIPS
 from jaxmllm.plan.compile import peak_bytes
 from jaxmllm.plan.flops import model_flops
@@ -44,7 +45,7 @@ def choose_stage(run: Run, name: str | None = None) -> Stage:
 
 def synthetic(run: Run, stage: Stage, rows: int) -> Batch:
     """A numpy batch of `rows` rows of one sample each: as many images as fit, then random text."""
-    data, model, random = run.data, run.model, np.random.default_rng(run.seed)
+    data, model, random = run.data_of(stage), run.model, np.random.default_rng(run.seed)
     batch = empty_batch(model.layout, rows, data.seq_len, data.image_slots, model.target_shapes)
     block = model.layout.block
     shown = min(data.image_slots, data.seq_len // block) if block else 0
@@ -114,8 +115,8 @@ def measure(run: Run, stage: Stage, steps: int, real: bool = False) -> dict[str,
         "compile_seconds": compile_seconds,
         "step_seconds": seconds,
         "data_wait_seconds": float(np.median(waits[WARM_UP:])),
-        "tokens_per_second_per_device": stage.rows * run.data.seq_len * per_second,
-        "images_per_second_per_device": stage.rows * run.data.image_slots * per_second,
+        "tokens_per_second_per_device": stage.rows * run.data_of(stage).seq_len * per_second,
+        "images_per_second_per_device": stage.rows * run.data_of(stage).image_slots * per_second,
         "model_flops": sum(flops.values()),
         "flops_per_second_by_component": {name: value * per_second for name, value in flops.items()},
         "mfu": sum(flops.values()) * per_second / peak if peak else None,

@@ -16,27 +16,24 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import sharded
-from jaxmllm.batch import IGNORE_LABEL, Batch, MapShape, Term, TokenLayout, Visual, VisualLayout
+from jaxmllm.batch import Batch, MapShape, Term, TokenLayout, Visual, VisualLayout
 from jaxmllm.nn import inverse_gather
-from jaxmllm.objectives.next_token import next_token
-from jaxmllm.objectives.task_tokens import task_places
+from jaxmllm.objectives.base import ModelView
 
 
 class MLLM(nn.Module):
     """A multimodal language model.
 
-    encoders, fusers: encoder name -> part, with the same names in the same order. distill: teacher name ->
-    EmbedDistill; their task tokens follow the aggregator's tokens in this order. Without encoders there is no
-    aggregator, and the model is a plain language model. Raises ValueError, in one line, if the parts do not fit
-    together.
+    encoders, fusers: encoder name -> part, with the same names in the same order. objectives: name -> Objective; their
+    task tokens follow the aggregator's tokens in this order. Without encoders there is no aggregator, and the model is
+    a plain language model. Raises ValueError, in one line, if the parts do not fit together.
     """
 
     encoders: dict[str, nn.Module]
     fusers: dict[str, nn.Module]
     aggregator: nn.Module | None
     llm: nn.Module
-    distill: dict[str, nn.Module]
-    vocab_chunk: int = 32768  # entries of the vocabulary whose logits are made at a time
+    objectives: dict[str, nn.Module]
 
     def __post_init__(self):
         # Linen shares the weights of one object given for several encoders; here each encoder gets its own fuser.
@@ -44,41 +41,33 @@ class MLLM(nn.Module):
         super().__post_init__()
         if list(self.encoders) != list(self.fusers):
             raise ValueError(f"encoders {list(self.encoders)} and fusers {list(self.fusers)} must have the same names")
-        if (self.aggregator is None) != (not self.encoders) or (self.distill and not self.encoders):
+        if (self.aggregator is None) != (not self.encoders):
+            raise ValueError("encoders need an aggregator, and without encoders there can be none")
+        layout, taps = self.layout, [layer for each in self.objectives.values() for layer in each.needs.layers]
+        if taps and not 1 <= min(taps) <= max(taps) <= self.llm.layers:
+            raise ValueError(f"objectives read the layers {sorted(set(taps))}, and the model has 1..{self.llm.layers}")
+        for name, objective in self.objectives.items():
+            if objective.needs.target and not self.encoders:
+                raise ValueError(f"objective {name!r} has targets for images, and the model has no encoder")
+            objective.check(name, layout)
+        if self.encoders and self.llm.inserts and not layout.tokens.memory:
             raise ValueError(
-                "encoders need an aggregator; without encoders there can be neither aggregator nor distill"
+                f"{type(self.aggregator).__name__} has no windows on a grid of {layout.tokens.grid} for layers inside "
+                "the language model; use SVA with encoder grids that are multiples of that grid, or no inserts"
             )
-        if not self.encoders:
-            return
-        tokens, who = self.layout.tokens, type(self.aggregator).__name__
-        if tokens.width != self.llm.width:
-            raise ValueError(f"{who} makes tokens of width {tokens.width}, but the language model has {self.llm.width}")
-        if self.llm.inserts and not tokens.memory:
-            raise ValueError(
-                f"{who} has no windows on a grid of {tokens.grid} for layers inside the language model; "
-                "use SVA with encoder grids that are multiples of that grid, or no inserts"
-            )
-        for name, teacher in self.distill.items():
-            if teacher.aligned and teacher.queries != tokens.grid**2:
-                cells = f"{teacher.queries} queries need a cell each, and {who} has {tokens.grid**2} cells"
-                raise ValueError(f"teacher {name!r} is aligned: its {cells}; change one, or set aligned=False")
 
     @property
     def layout(self) -> VisualLayout:
-        """What the data pipeline must know about the visual path.
-
-        Raises ValueError if its parts do not fit together.
-        """
+        """What the data pipeline must know about the visual path. Raises ValueError if its parts do not fit."""
         if not self.encoders:
-            return VisualLayout({}, TokenLayout(self.llm.width), 0)
+            return VisualLayout({}, TokenLayout(), 0)
         inputs = {name: encoder.input for name, encoder in self.encoders.items()}
         maps = {name: self.map_shape(name, inputs[name].grid) for name in self.encoders}
-        tasks = sum(teacher.tokens for teacher in self.distill.values())
-        return VisualLayout(inputs, self.aggregator.layout(maps), tasks)
+        task_tokens = sum(objective.needs.tokens for objective in self.objectives.values())
+        return VisualLayout(inputs, self.aggregator.layout(maps), task_tokens)
 
     def map_shape(self, name: str, grid: int) -> MapShape:
-        """Size of an encoder's fused map, which must be grid x grid: the padding of pictures is counted in its
-        cells."""
+        """Size of an encoder's fused map, which must be grid x grid: padding is counted in its cells."""
         try:
             shape = self.fusers[name].output(self.encoders[name].maps)
         except ValueError as error:
@@ -89,13 +78,13 @@ class MLLM(nn.Module):
 
     @property
     def target_shapes(self) -> dict[str, tuple[int, int]]:
-        """Teacher name -> (queries, dim) of its target."""
-        return {name: (teacher.queries, teacher.dim) for name, teacher in self.distill.items()}
+        """Objective -> (queries, dim) of its target for an image, for those that have one."""
+        return {name: each.needs.target for name, each in self.objectives.items() if each.needs.target}
 
     def visual(self, batch: Batch) -> tuple[jax.Array, Visual]:
         """Encoders, fusers, aggregator -> (visual tokens [B, I * block, H], what layers inside the LLM need)."""
         layout, (b, slots) = self.layout, batch.visual_positions.shape[:2]
-        maps, masks = {}, {}
+        maps, masks, width = {}, {}, self.llm.width
         for name, encoder in self.encoders.items():
             with jax.named_scope(f"encoder_{name}"):
                 images = batch.images[name]
@@ -105,18 +94,19 @@ class MLLM(nn.Module):
             pad = sharded.reshape(batch.padding[name], b * slots, 2)
             masks[name] = content_mask(pad, layout.encoders[name].grid)
         with jax.named_scope("aggregator"):
-            tokens = self.aggregator(maps, masks)
+            tokens = self.aggregator(maps, masks, width)
         block = tokens.tokens
-        chex.assert_shape(block, (b * slots, layout.tokens.count, layout.tokens.width))
-        if self.distill:
-            tasks = jnp.concatenate([teacher.task_tokens() for teacher in self.distill.values()]).astype(block.dtype)
+        chex.assert_shape(block, (b * slots, layout.tokens.count, width))
+        if task_tokens := [each.task_tokens(width) for each in self.objectives.values() if each.needs.tokens]:
+            tasks = jnp.concatenate(task_tokens).astype(block.dtype)
             block = jnp.concatenate([block, sharded.repeat_rows(tasks, block.shape[0])], 1)
-        block = sharded.reshape(block, b, slots * layout.block, block.shape[-1])
+        block = sharded.reshape(block, b, slots * layout.block, width)
         grid, columns = layout.tokens.grid, layout.tokens.columns
         return block, Visual(tokens.memory, batch.visual_positions, batch.visual_index, grid, columns)
 
     def hidden(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
-        """-> (states after the final norm [B, S, H], {tap: states}, cache)."""
+        """-> (states after the final norm [B, S, H], {tap: states}, cache, auxiliary values of the decoder's
+        blocks)."""
         visual = None
         if self.encoders:
             block, visual = self.visual(batch)
@@ -128,32 +118,29 @@ class MLLM(nn.Module):
                 visual = visual if visual.memory is not None else None
             return self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
 
-    def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, Term]]:
-        """-> (unreduced losses of the named objectives: "next_token" and teachers, metrics: next-token accuracy)."""
-        teachers = {name: self.distill[name] for name in self.distill if name in losses}
-        taps = tuple(sorted({layer for teacher in teachers.values() for layer in teacher.layers}))
-        states, tapped, _ = self.hidden(batch, taps)
-        terms, metrics = {}, {}
-        if "next_token" in losses:
-            with jax.named_scope("next_token"):
-                chunk = self.vocab_chunk
-                terms["next_token"], hit = next_token(states, self.llm.output_table(), batch.labels, chunk)
-                metrics["accuracy"] = Term(hit.astype(jnp.float32), terms["next_token"].mask)
-        for name, teacher in teachers.items():
-            with jax.named_scope(f"distill_{name}"):
-                places = task_places(batch, self.layout, *self.task_range(name))
-                terms[name] = teacher.loss(tapped, places, batch.targets[name], batch.target_mask[name])
+    def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, dict[str, Term]]]:
+        """-> (unreduced losses of the named objectives and of blocks, {objective: {metric: values}})."""
+        chosen = {name: each for name, each in self.objectives.items() if name in losses}
+        taps = tuple(sorted({layer for each in chosen.values() for layer in each.needs.layers}))
+        states, tapped, _, aux = self.hidden(batch, taps)
+        terms = {name: Term(aux[name], jnp.ones_like(aux[name], bool)) for name in self.llm.aux}
+        metrics, layout, first, table = {}, self.layout, self.layout.tokens.count, self.llm.output_table()
+        for name, objective in self.objectives.items():
+            if name in chosen:
+                with jax.named_scope(name if name == "next_token" else f"objective_{name}"):
+                    view = ModelView(name, batch, layout, first, states, tapped, table)
+                    terms[name], metrics[name] = objective(view)
+            first += objective.needs.tokens
         return terms, metrics
 
-    def counts(self, batch: Batch) -> dict[str, jax.Array]:
-        """The number of values that each loss averages over: answer tokens, images with a target. int32 scalars."""
-        return {"next_token": (batch.labels != IGNORE_LABEL).sum()} | {k: m.sum() for k, m in batch.target_mask.items()}
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """What a stage may weigh in `losses`: the objectives, and the auxiliary losses of the decoder's blocks."""
+        return *self.objectives, *self.llm.aux
 
-    def task_range(self, name: str) -> tuple[int, int]:
-        """(start, count) of a teacher's task tokens in the visual block of an image."""
-        names = list(self.distill)
-        before = sum(self.distill[other].tokens for other in names[: names.index(name)])
-        return self.layout.tokens.count + before, self.distill[name].tokens
+    def counts(self, batch: Batch, losses: tuple[str, ...]) -> dict[str, jax.Array]:
+        """The number of values that each objective averages over. int32 scalars."""
+        return {name: each.count(name, batch) for name, each in self.objectives.items() if name in losses}
 
 
 def content_mask(padding: jax.Array, grid: int) -> jax.Array:

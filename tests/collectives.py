@@ -97,7 +97,7 @@ def of_activations(found: list[Crossing], weights: set, targets: set[int]) -> li
         size = math.prod(array.dims)
         if size == 1 or (array.dtype in ("pred", "s32", "u32") and size <= 128):  # counts, masks
             return True
-        if crossing.opcode == "all-gather" and "/distill_" in crossing.path and size in targets:
+        if crossing.opcode == "all-gather" and "/objective_" in crossing.path and size in targets:
             return True
         gathered = crossing.opcode == "all-gather" and crossing.axes == {"fsdp"}
         allowed = gathered or crossing.opcode in ("all-reduce", "reduce-scatter")

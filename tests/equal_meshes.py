@@ -32,11 +32,12 @@ import optax
 from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import IGNORE_LABEL, Batch
-from jaxmllm.config import Run, load, override
+from jaxmllm.config import Run
 from jaxmllm.data.loader import make_batch
 from jaxmllm.data.samples import Sample, visual_indices
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.objectives.next_token import Chunks
+from jaxmllm.recipes import load, override
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, initial_params
 from jaxmllm.train.state import TrainState
@@ -47,19 +48,19 @@ MIN_FSDP_SIZE = 512  # elements; smaller weights are not split over fsdp
 ROWS, S, SLOTS = 8, 128, 2
 LOSSES = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
 # Fields of the model that have `heads`.
-HEADED = ("encoders.clip", "encoders.dino", "fusers.clip", "aggregator", "llm", "llm.inserts.layer", "distill.depth")
-HEADED += ("distill.seg",)
+HEADED = ("encoders.clip", "encoders.dino", "fusers.clip", "aggregator", "llm", "llm.inserts.layer", "objectives.depth")
+HEADED += ("objectives.seg",)
 
 
 def recipe(remat: str, unroll: bool | int, contrast: bool) -> Run:
     """The tiny recipe with this remat and unroll for all stacks. contrast: the teachers' losses have their contrastive
     part."""
     overrides = [f"model.{part}.heads=8" for part in HEADED]
-    overrides += ["model.llm.kv_heads=8", "model.distill.seg.blocks=1"]
+    overrides += ["model.llm.kv_heads=8", "model.objectives.seg.blocks=1"]
     overrides += [f"data.seq_len={S}", f"data.image_slots={SLOTS}"]
-    overrides += ["model.llm.tied=False", "model.vocab_chunk=72"]  # chunks that overlap
+    overrides += ["model.llm.tied=False", "model.objectives.next_token.chunk=72"]  # chunks that overlap
     if not contrast:
-        overrides += [f"model.distill.{name}.contrastive=0" for name in ("depth", "seg")]
+        overrides += [f"model.objectives.{name}.contrastive=0" for name in ("depth", "seg")]
     run = override(load("configs/toy.py:tiny"), overrides)
     encoders = {k: e.clone(remat=remat, unroll=unroll) for k, e in run.model.encoders.items()}
     llm = run.model.llm.clone(remat=remat, unroll=unroll)
@@ -171,7 +172,7 @@ def chunk_shapes(program: Program) -> set[tuple[int, ...]]:
     """Keys of the shapes of one chunk of the output table, gathered over fsdp."""
     (vocab, width), sizes = program.state.trainable["llm/lm_head/embedding"].shape, program.mesh.shape
     parts = sizes["tensor"] * sizes["fsdp"]
-    rows = Chunks.of(vocab // parts, program.run.model.vocab_chunk / parts).rows
+    rows = Chunks.of(vocab // parts, program.run.model.objectives["next_token"].chunk / parts).rows
     return {collectives.key(dims) for dims in ((sizes["fsdp"], rows, width), (sizes["fsdp"] * rows, width))}
 
 

@@ -33,7 +33,7 @@ def build(c: dict) -> MLLM:
     return MLLM(
         {name: Features(*size) for name, *size in zip(names, c["encoder_grid_sides"], c["encoder_widths"])},
         {name: Single() for name in names},
-        SVA(width, c["llm"]["hidden_size"], grid, c["connector_depth"], heads, tuple(c["query_group_sides"])),
+        SVA(width, grid, c["connector_depth"], heads, tuple(c["query_group_sides"])),
         decoder(c["llm"], inserts=inserts),
         {},
     )

@@ -11,7 +11,7 @@ from jaxmllm.batch import IGNORE_LABEL, Batch, EncoderInput, MapShape, VisualLay
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.mllm import MLLM
 from jaxmllm.nn import inverse_gather
-from jaxmllm.objectives.next_token import next_token
+from jaxmllm.objectives.next_token import NextToken, next_token
 from tests.golden_case import Case
 
 
@@ -52,9 +52,9 @@ def through(model: MLLM, batch: Batch, keys: jax.Array, taps: tuple[int, ...]) -
     x = inverse_gather.replace(model.llm.embed(batch.tokens), block, *places) * (keys > 0)[..., None]
     segments = (jnp.ones_like(keys), keys)
     memory = visual if visual.memory is not None else None
-    states, tapped, _ = model.llm(x, batch.positions, segments, memory, taps)
+    states, tapped, *_ = model.llm(x, batch.positions, segments, memory, taps)
     table = model.llm.output_table()
-    nll, _ = next_token(states, table, batch.labels, model.vocab_chunk)
+    nll, _ = next_token(states, table, batch.labels, NextToken.chunk)
     loss = jnp.sum(nll.values * nll.mask) / jnp.sum(nll.mask)
     logits = jnp.einsum("bsh,vh->bsv", states, table)
     return {"x": x, "block": block, "visual": visual, "tapped": tapped, "logits": logits, "loss": loss}

@@ -123,7 +123,7 @@ SHORT = 600  # if predictors see text at all, the reference shows them all of a 
 
 def build(case: Case) -> MLLM:
     """Builds the model that a file's config describes."""
-    c, width, common = case.config, case.config["llm"]["hidden_size"], case.config["predictors"]
+    c, common = case.config, case.config["predictors"]
     grid = math.isqrt(c["image_tokens"])
 
     def teacher(task):
@@ -133,7 +133,7 @@ def build(case: Case) -> MLLM:
             bool(re.fullmatch(rf"image_{task}_heads\.0\.linear_\d+\.0\.weight", name)) for name in case.weights
         )
         return EmbedDistill(
-            own["queries"], own["output_width"], width, tuple(own["layers"]), tokens,
+            own["queries"], own["output_width"], tuple(own["layers"]), tokens,
             pooled=task != "gen", predictor_width=own["working_width"], heads=common["num_heads"],
             head_dim=common["dim_head"], blocks=common["blocks"], ff_mult=common["ff_mult"], extra_heads=extra_heads,
             contrastive=c["contrastive_weight"],
@@ -142,7 +142,7 @@ def build(case: Case) -> MLLM:
     return MLLM(
         {"encoder": Features(grid, case.inputs["features"].shape[-1])},
         {"encoder": Single()},
-        MLPProjector(width, grid),
+        MLPProjector(grid),
         decoder(c["llm"]),
         {task: teacher(task) for task in c["task_order"]},
     )
@@ -157,23 +157,25 @@ def visper_full(case: Case) -> Check:
     batch.segment_ids[:] = 1
     keys = np.where(source >= 0, np.take_along_axis(x["attention_mask"], source, 1), True).astype(np.int32)
     labels = np.where(source >= 0, np.take_along_axis(x["labels"], source, 1), IGNORE_LABEL)
-    taps = tuple(sorted({layer for teacher in model.distill.values() for layer in teacher.layers}))
+    taps = tuple(sorted({layer for teacher in model.objectives.values() for layer in teacher.layers}))
 
     def with_map(x) -> Batch:
         maps = x["features"].reshape(len(keys), 1, *[layout.tokens.grid] * 2, -1)
         return dataclasses.replace(batch, images={"encoder": maps})
 
     def run(model, batch):
-        found = through(model, batch, keys, taps)
-        for task, teacher in model.distill.items():
-            places = task_places(batch, model.layout, *model.task_range(task))
+        found, first = through(model, batch, keys, taps), layout.tokens.count
+        for task, teacher in model.objectives.items():
+            places = task_places(batch, layout, first, teacher.tokens)
+            first += teacher.tokens
             if not c["pass_text_to_predictors"]:
                 places = places._replace(visible=places.visible & (batch.positions < text)[:, None])
             elif length < SHORT:
                 places = places._replace(visible=jnp.ones_like(places.visible))
             states = enumerate(found["tapped"][layer] for layer in teacher.layers)
-            found[task] = [teacher.predict(i, y, places) for i, y in states], teacher.logit_scale()
-        found["task_tokens"] = jnp.concatenate([teacher.task_tokens() for teacher in model.distill.values()])
+            found[task] = [teacher.predict(i, y, places) for i, y in states], teacher.logit_scale(())
+        tokens = [teacher.task_tokens(model.llm.width) for teacher in model.objectives.values()]
+        found["task_tokens"] = jnp.concatenate(tokens)
         return found
 
     def forward(params, x):

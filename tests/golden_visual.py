@@ -66,7 +66,8 @@ class Spliced(nn.Module):
     embedding: nn.Module
 
     def __call__(self, maps: dict, tokens: jax.Array, *places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        image = self.aggregator({name: FeatureMap(x) for name, x in maps.items()}, {}).tokens
+        visual = {name: FeatureMap(x) for name, x in maps.items()}
+        image = self.aggregator(visual, {}, self.embedding.width).tokens
         return image, inverse_gather.replace(self.embedding(tokens), image, *places)
 
 
@@ -75,9 +76,9 @@ def mof_interleaved(case: Case) -> Check:
     ids, width = x["input_ids"], c["hidden_size"]
     names = {"clip": "clip_features", "dino": "dino_features"}
     grid = sides(c["tokens_per_tower"])
-    aggregator = InterleavedMoF(width, depth(name for name in case.weights if name.startswith("mm_projector.")))
+    aggregator = InterleavedMoF(depth(name for name in case.weights if name.startswith("mm_projector.")))
     module = Spliced(aggregator, Embed(c["vocab_size"], width))
-    layout = VisualLayout({}, TokenLayout(width, extra=2 * c["tokens_per_tower"]), 0)
+    layout = VisualLayout({}, TokenLayout(extra=2 * c["tokens_per_tower"]), 0)
     places = [list(range(layout.block)) if c["image_token_id"] in row else [] for row in ids]
     batch, source = text_rows(case, layout, places, c["output_length"])
 

@@ -17,7 +17,7 @@ from jaxmllm.data.tokenizer import train_word_tokenizer
 
 RECORDS = 41
 ENCODERS = {"a": EncoderInput(8, 2, (1, 2, 3)), "b": EncoderInput(12, 4, (0, 0, 0))}
-LAYOUT = VisualLayout(ENCODERS, TokenLayout(8, grid=2, newline=True, unpad=True), task_tokens=1)
+LAYOUT = VisualLayout(ENCODERS, TokenLayout(grid=2, newline=True, unpad=True), task_tokens=1)
 
 
 def write_source(root: Path) -> LlavaSource:

@@ -6,7 +6,7 @@ import pytest
 
 from jaxmllm import bench
 from jaxmllm.cli.main import main
-from jaxmllm.config import load
+from jaxmllm.recipes import load
 from tests.conftest import settings
 
 COMPONENTS = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "head"}

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxmllm import config as configs
-from jaxmllm.config import ConfigError
+from jaxmllm import recipes
 from jaxmllm.data import build
 from jaxmllm.data.build import check_division, resolve, resolve_shards, resolve_steps
 from jaxmllm.data.sizes import steps_of_epochs
 from jaxmllm.data.sources.llava import LlavaSource
+from jaxmllm.errors import ConfigError
 from jaxmllm.plan import report
 from jaxmllm.plan.chips import topology
 from tests.conftest import settings
@@ -60,7 +60,7 @@ def test_the_mend_of_a_division_helps():
 @pytest.fixture
 def run(scenes):
     config, _, *overrides = settings(scenes)
-    return configs.override(configs.load(config), overrides)
+    return recipes.override(recipes.load(config), overrides)
 
 
 def with_epochs(run, number, epochs, **changes):
@@ -73,20 +73,20 @@ def with_epochs(run, number, epochs, **changes):
 def test_resolving_fills_in_numbers_and_keeps_them(run, tmp_path, capsys, monkeypatch):
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, shards=None))
     run = with_epochs(run, 0, 2.0, data={"packing": False, "seq_len": 200})
-    found = resolve(run, str(tmp_path))
+    found = resolve(run)
     align, instruct = found.stages
     assert align.steps == math.ceil(2 * len(LlavaSource(run.stages[0].sources[0].path)) / align.rows)
-    assert align.epochs == 2.0 and instruct.steps == run.stages[1].steps
+    assert align.epochs is None and instruct.steps == run.stages[1].steps
     assert align.data == {"packing": False, "seq_len": 200, "shards": 8} and instruct.data == {"shards": 8}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and f"stage align: 2 epochs are {align.steps} steps" in said[0]
-    assert resolve(found) == found
+    assert resolve(found) == found == recipes.from_document(recipes.to_document(found), "config.json")
 
-    monkeypatch.setattr(build, "resolve_steps", lambda *_: 12345)
-    (tmp_path / "config.json").write_text(json.dumps(configs.to_document(found)))
-    assert resolve(run, str(tmp_path)) == found  # not measured again, whatever the data is now
-    assert resolve(with_epochs(run, 0, 3.0), str(tmp_path)).stages[0].steps == 12345
-    assert configs.from_document(configs.to_document(found), "config.json") == found
+    monkeypatch.setattr(build, "resolve_steps", lambda *_: 12345)  # the data has changed
+    assert resolve(run, steps_from=str(tmp_path)).stages[0].steps == 12345  # nothing is saved there
+    (tmp_path / "config.json").write_text(json.dumps(recipes.to_document(found)))
+    assert resolve(run, steps_from=str(tmp_path)) == found
+    assert resolve(run).stages[0].steps == 12345
 
 
 def test_check_data_covers_every_stage(run, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from jaxmllm.config import load, to_document
+from jaxmllm.recipes import load, to_document
 from tests.conftest import jaxmllm, settings
 
 

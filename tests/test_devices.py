@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxmllm import config as configs
-from jaxmllm import host_batches, mesh
+from jaxmllm import host_batches, mesh, recipes
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
@@ -109,7 +108,7 @@ def test_four_processes_together_read_what_one_reads(scenes):
             return [next(loader)[1]["sample_ids"] for _ in range(3)]
 
     config, _, *overrides = settings(scenes)
-    run = configs.override(configs.load(config), overrides)
+    run = recipes.override(recipes.load(config), overrides)
     of_four, of_one = [ids(run, i, 4) for i in range(4)], ids(run, 0, 1)
     for step in range(3):
         read = np.concatenate([batches[step] for batches in of_four])

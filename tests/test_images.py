@@ -104,12 +104,12 @@ def test_fast_jpeg(fit):
 def test_encoders_must_see_the_same_part():
     encoders = {fit: EncoderInput(64, 4, (0, 0, 0), fit) for fit in ("pad", "crop")}
     with pytest.raises(ValueError, match="all encoders of a model must have the same fit, not {'pad': 'pad', 'crop'"):
-        VisualLayout(encoders, TokenLayout(8, 4), 0)
+        VisualLayout(encoders, TokenLayout(4), 0)
 
 
 def test_only_padding_takes_tokens_away():
     for fit, tokens in (("pad", 24), ("crop", 36), ("squash", 36)):
-        layout = VisualLayout({"a": EncoderInput(60, 6, (0, 0, 0), fit)}, TokenLayout(8, 6, unpad=True), 0)
+        layout = VisualLayout({"a": EncoderInput(60, 6, (0, 0, 0), fit)}, TokenLayout(6, unpad=True), 0)
         assert len(visual_indices(0, (60, 40), layout)) == tokens
 
 

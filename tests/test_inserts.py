@@ -80,7 +80,7 @@ def test_decoder_equals_the_plain_loop(places, remat):
 
     def ours(params, x, maps):
         visual = Visual(memory_of(maps), jnp.asarray(positions), jnp.asarray(index), GRID, COLUMNS)
-        states, _, _ = decoder(remat=remat).apply({"params": params}, x, at, ones, visual)
+        states, *_ = decoder(remat=remat).apply({"params": params}, x, at, ones, visual)
         return (states * output_weights).sum()
 
     def init(x, maps):

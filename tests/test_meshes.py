@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxmllm import mesh as meshes
 from jaxmllm import sharded
-from jaxmllm.config import load, override
+from jaxmllm.recipes import load, override
 from jaxmllm.train.setup import stage_program
 from tests import equal_meshes
 from tests.conftest import ROOT, simulated
@@ -89,8 +89,8 @@ GATHERED = {
     "llm": (3 * 7 + 1, 3 * 7),  # three layers and the embedding
     "llm_insert": (11, 11),  # one SVA layer
     "next_token": (5, 5),
-    "distill_depth": (5, 0),  # input projection, q, k, v, out
-    "distill_seg": (5, 0),
+    "objective_depth": (5, 0),  # input projection, q, k, v, out
+    "objective_seg": (5, 0),
 }
 # How many gradients of split weights are summed over the data axes: on a TPU one per weight. The CPU's compiler sums
 # the gradients of a weight that is used twice one by one (input projection, k and v of both teachers' predictors).

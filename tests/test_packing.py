@@ -85,7 +85,7 @@ def test_rows_of_a_model_without_encoders():
     assert [bins.add(item, (4, 0)) for item in range(4)] == [None] * 4  # two full rows
     assert bins.add(4, (4, 0)) in ([0, 1], [2, 3])
     tokenizer = SimpleNamespace(backend=SimpleNamespace(token_to_id=lambda marker: 1), path="none")
-    text = VisualLayout({}, TokenLayout(8), 0)
+    text = VisualLayout({}, TokenLayout(), 0)
     assert SampleSpec(tokenizer, TOY, text, 48, 0).image_slots == 0
     for layout, slots in ((text, 1), (LAYOUT, 0)):
         with pytest.raises(ValueError, match=f"image_slots is {slots}"):

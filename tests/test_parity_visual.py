@@ -71,7 +71,7 @@ def test_qformer():
     linear = randomise(torch.nn.Linear(24, 12))
     weights = {f"qformer.{k}": v for k, v in theirs.state_dict().items()}
     weights |= {"query_tokens": queries} | {f"language_projection.{k}": v for k, v in linear.state_dict().items()}
-    ours = QFormer(12, tokens=4, width=24, depth=5, heads=3, mlp=40)
+    ours = QFormer(tokens=4, width=24, depth=5, heads=3, mlp=40)
     mask = np.ones((2, 3, 5), bool)
     mask[1, 0] = False
     example = {"a": FeatureMap(jnp.asarray(image))}, {"a": jnp.asarray(mask)}
@@ -92,7 +92,7 @@ def test_resampler():
     config = transformers.IdeficsConfig(vision_config={"embed_dim": 16})
     theirs = randomise(IdeficsPerceiverResampler(config, 16, depth=2, n_heads=3, head_dim=8, n_latents=5))
     image = random(2, 4, 3, 16)
-    ours = Resampler(16, 16, tokens=5, depth=2, heads=3, head_dim=8)
+    ours = Resampler(16, tokens=5, depth=2, heads=3, head_dim=8)
     example = {"a": FeatureMap(jnp.asarray(image))}, {"a": jnp.ones((2, 4, 3), bool)}
     key_map = key_maps.resampler(2) + copy("eye", "projector/kernel") + copy("zero", "projector/bias")
     foreign = {k: v.numpy() for k, v in theirs.state_dict().items()}
@@ -109,7 +109,7 @@ def test_pixel_shuffle():
     theirs, image = randomise(Idefics3Connector(config)), random(2, 6, 6, 6)
     kernel = theirs.modality_projection.proj.weight.detach().numpy().T
     params = {"projector/linear_0/kernel": kernel, "projector/linear_0/bias": np.zeros(8, np.float32)}
-    close(tokens(PixelShuffle(8, 2, 3, depth=1), params, image), theirs(torch.from_numpy(image).flatten(1, 2)))
+    close(tokens(PixelShuffle(2, 3, depth=1), params, image), theirs(torch.from_numpy(image).flatten(1, 2)))
 
 
 def test_block_of_c_abstractor():

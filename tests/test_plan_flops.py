@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxmllm import config as configs
-from jaxmllm import jax_internals
+from jaxmllm import jax_internals, recipes
 from jaxmllm.plan import flops
 
 
@@ -52,7 +51,7 @@ def test_flops_count_what_training_needs():
 
 def test_flops_of_the_8b_recipe():
     """6 FLOPs per token and parameter of all matrices except the embedding, and the causal triangle of attention."""
-    run = configs.load("configs/llama3_8b.py")
+    run = recipes.load("configs/llama3_8b.py")
     by_component = flops.model_flops(run, run.stages[0])
     tokens, layer = 256 * 2048, 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
     assert by_component["head"] == 6 * tokens * 4096 * 128256

@@ -6,8 +6,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxmllm import config as configs
-from jaxmllm import mesh
+from jaxmllm import mesh, recipes
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, stage_program
 from tests.conftest import ROOT
@@ -26,7 +25,7 @@ PODS = [
 
 @pytest.mark.parametrize("name, sizes", PODS)
 def test_every_config_lowers_on_a_pod(name, sizes):
-    run = configs.load(str(ROOT / "configs" / name))
+    run = recipes.load(str(ROOT / "configs" / name))
     sizes = mesh.Mesh(**{"fsdp": 1, **sizes})
     pod = AbstractMesh(
         tuple(getattr(sizes, axis) for axis in mesh.AXES), mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES)

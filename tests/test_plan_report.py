@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxmllm import config as configs
+from jaxmllm import recipes
 from jaxmllm.cli.main import main
 from jaxmllm.plan import compile as compiling
 from jaxmllm.plan import report
@@ -54,7 +54,7 @@ def test_all_passes_run_where_a_kernel_needs_them(error, tries):
 @pytest.mark.parametrize("rows_that_fit, overrides", [(4, "accumulate=4"), (1, "mesh.tensor=2"), (0, None)])
 def test_nearest_setting_that_fits(monkeypatch, rows_that_fit, overrides):
     """A program fits if a micro-batch has at most `rows_that_fit` rows per chip. It has 16 at first, at least one."""
-    run = configs.override(configs.load("configs/llama3_8b.py"), ["stages.text.rows=1024"])
+    run = recipes.override(recipes.load("configs/llama3_8b.py"), ["stages.text.rows=1024"])
     place = topology("v5p:4x4x4")
     memory = {"limit": 90, "trainable": 10, "frozen": 0, "optimizer": 20, "batch": 0}
 
@@ -77,7 +77,7 @@ def test_a_plan_as_text(monkeypatch, name):
     monkeypatch.setattr(report, "devices_of", lambda _: jax.devices())
     monkeypatch.setattr(report, "compile_stage", lambda *_: compiling.Program(stored(name), memory, devices, 7.0))
     monkeypatch.setattr(report, "model_flops", lambda *_: {"llm": 1e12})
-    plan = report.plan(configs.load("configs/llama3_8b.py"), topology("v5p:2x2x1"), say=lambda text: None)
+    plan = report.plan(recipes.load("configs/llama3_8b.py"), topology("v5p:2x2x1"), say=lambda text: None)
     found = plan["stages"]["text"]
     cycles, waits, unpriced = (
         found[key] for key in ("cycles_by_component", "exposed_seconds_by_component", "unpriced")
@@ -107,5 +107,5 @@ def test_a_target_is_a_config_or_an_earlier_plan(monkeypatch, tmp_path):
         if "cycles_by_component" in earlier:
             assert report.load_or_plan(str(path), [], place, None, print) == earlier
         else:
-            with pytest.raises(configs.ConfigError, match="is not a plan"):
+            with pytest.raises(recipes.ConfigError, match="is not a plan"):
                 report.load_or_plan(str(path), [], place, None, print)

@@ -121,7 +121,7 @@ def test_plan_prints_and_writes_every_figure(tmp_path):
     }  # fmt: skip
     assert found["fits"] and all(found[key] is not None for key in wanted)
     components = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm", "llm_insert", "next_token", "head"}
-    assert components | {"distill_depth", "distill_seg", "optimizer"} <= set(found["cycles_by_component"])
+    assert components | {"objective_depth", "objective_seg", "optimizer"} <= set(found["cycles_by_component"])
     assert "fits" in done.stdout and "MFU" in done.stdout
     same = jaxmllm(*args, "--compare", tmp_path / "plan.json", env={"XLA_FLAGS": ""})
     assert "+0.0%" in same.stdout
@@ -129,7 +129,7 @@ def test_plan_prints_and_writes_every_figure(tmp_path):
 
 @pytest.mark.long
 def test_long_rows_have_no_array_of_scores():
-    from jaxmllm import config as configs
+    from jaxmllm import recipes
     from jaxmllm.plan import compile as compiling
     from jaxmllm.plan import hlo
     from jaxmllm.plan.chips import topology
@@ -138,7 +138,7 @@ def test_long_rows_have_no_array_of_scores():
     s = 1024
     sizes = {"width": 512, "layers": 2, "kv_heads": 2, "heads": 4, "head_dim": 128, "mlp": 768, "vocab": 1280}
     overrides = [*(f"model.llm.{k}={v}" for k, v in sizes.items()), f"data.seq_len={s}", "stages.text.rows=8"]
-    run = configs.override(configs.load("configs/llama3_8b.py"), overrides)
+    run = recipes.override(recipes.load("configs/llama3_8b.py"), overrides)
     program = compiling.compile_stage(run, run.stages[0], topology("v5p:2x2x1"), print)
     instructions = [i for part in hlo.parse(program.text).computations.values() for i in part.values()]
     assert {i.name.split("_")[0] for i in instructions if "_flash_" in i.name} == {"forward", "backward"}

@@ -18,7 +18,7 @@ from tests.records import WORDS, chat, write_bad_records, write_good_records, wr
 
 LAYOUT = VisualLayout(
     {"a": EncoderInput(24, 4, (122, 116, 104)), "b": EncoderInput(32, 8, (0, 0, 0))},
-    TokenLayout(8, grid=4, newline=True, unpad=True), task_tokens=3,
+    TokenLayout(grid=4, newline=True, unpad=True), task_tokens=3,
 )  # fmt: skip
 
 

@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 
 from jaxmllm import host_batches
-from jaxmllm.batch import IGNORE_LABEL, Batch, empty_batch
-from jaxmllm.config import load
-from jaxmllm.train.optim import optimizer
-from jaxmllm.train.setup import initial_params
-from jaxmllm.train.state import TrainState, match_rules, split, unflatten
-from jaxmllm.train.step import make_step
+from jaxmllm.train.setup import initial_params, stage_program
+from jaxmllm.train.state import unflatten
+from tests.step_case import ROWS, S, random_batch, tiny_run
 
 LOSSES = {"next_token": 1.0, "depth": 0.5, "seg": 0.5}
-ROWS, S, SLOTS = 4, 128, 2
 
 
 @pytest.fixture(scope="module")
 def run():
-    return load("configs/toy.py:tiny")
+    return tiny_run()
 
 
 @pytest.fixture(scope="module")
@@ -33,32 +29,7 @@ def mesh(run):
 
 @pytest.fixture(scope="module")
 def params(run, mesh):
-    data = dataclasses.replace(run.data, seq_len=S, image_slots=SLOTS)
-    return jax.jit(lambda: initial_params(dataclasses.replace(run, data=data)))()
-
-
-def random_batch(run, images_per_row: list[int], seed: int = 0) -> Batch:
-    """Random text, two samples in each row; row r has images_per_row[r] images, at most one per sample."""
-    rng = np.random.default_rng(seed)
-    layout = run.model.layout
-    batch = empty_batch(layout, ROWS, S, SLOTS, run.model.target_shapes)
-    half, block = S // 2, layout.block
-    batch.tokens[:] = rng.integers(6, 60, (ROWS, S))
-    batch.segment_ids[:] = np.repeat([1, 2], half)
-    batch.positions[:] = np.tile(np.arange(half), 2)
-    batch.labels[:] = np.where(rng.random((ROWS, S)) < 0.2, rng.integers(6, 60, (ROWS, S)), IGNORE_LABEL)
-    for r, count in enumerate(images_per_row):
-        for i in range(count):
-            at = i * half + 2
-            batch.visual_positions[r, i] = np.arange(at, at + block)
-            batch.visual_index[r, at : at + block] = i * block + np.arange(block)
-            batch.labels[r, at : at + block] = IGNORE_LABEL
-            for pixels in batch.images.values():
-                pixels[r, i] = rng.integers(0, 256, pixels.shape[2:])
-            for name, target in batch.targets.items():
-                target[r, i] = rng.normal(size=target.shape[2:])
-                batch.target_mask[name][r, i] = True
-    return batch
+    return jax.jit(lambda: initial_params(run))()
 
 
 def loss_and_gradients(run, mesh, params, batch):
@@ -71,12 +42,9 @@ def loss_and_gradients(run, mesh, params, batch):
 
 
 def test_one_compiled_step_serves_text_images_and_both(run, mesh, params):
-    stage = run.stages[0]
-    table = match_rules(stage.rules, list(params))
-    tx = optimizer(stage.optim, stage.steps, table)
-    trainable, frozen = split(params, table, jnp.float32)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, jax.jit(tx.init)(trainable))
-    step = jax.jit(make_step(run.model, LOSSES, tx, jnp.float32, 1))
+    stage = dataclasses.replace(run.stages[0], rows=ROWS, losses=LOSSES)
+    _, new_train_state, step = stage_program(run, stage, mesh)
+    state = jax.jit(new_train_state)(params)
     for images in ([0, 0, 0, 0], [2, 2, 2, 2], [0, 1, 2, 0]):
         state, metrics = step(state, host_batches.global_from_rows(random_batch(run, images), mesh))
         assert all(np.isfinite(v) for v in jax.device_get(metrics).values()), metrics
@@ -110,14 +78,10 @@ def test_text_only_batch_trains_only_the_language_model(run, mesh, params):
 
 def test_accumulating_two_micro_batches_gives_the_same_metrics(run, mesh, params):
     batch = host_batches.global_from_rows(random_batch(run, [0, 1, 2, 1]), mesh)
-    table = match_rules(run.stages[0].rules, list(params))
-    trainable, frozen = split(params, table, jnp.float32)
-    tx = optimizer(run.stages[0].optim, 10, table)
-    results = []
+    stage, results = dataclasses.replace(run.stages[0], rows=ROWS, losses={"next_token": 1.0}), []
     for accumulate in (1, 2):
-        step = jax.jit(make_step(run.model, {"next_token": 1.0}, tx, jnp.float32, accumulate))
-        state = TrainState(jnp.zeros((), jnp.int32), trainable, frozen, jax.jit(tx.init)(trainable))
-        results.append(step(state, batch)[1])
+        _, new_train_state, step = stage_program(run, dataclasses.replace(stage, accumulate=accumulate), mesh)
+        results.append(step(jax.jit(new_train_state)(params), batch)[1])
     assert results[0].keys() == results[1].keys()
     for key in results[0]:
         assert float(results[0][key]) == pytest.approx(float(results[1][key]), rel=1e-5), key

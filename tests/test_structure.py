@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from jaxmllm import config as configs
+from jaxmllm import recipes
 from jaxmllm.train.setup import initial_params
 from jaxmllm.train.state import match_rules
 from tests.conftest import ROOT
@@ -71,8 +71,8 @@ def test_linen_platforms_and_internals_appear_only_where_they_may(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_config_builds_lowers_and_survives_json(path):
-    run = configs.load(str(path))
-    assert configs.from_document(configs.to_document(run), "config.json") == run
+    run = recipes.load(str(path))
+    assert recipes.from_document(recipes.to_document(run), "config.json") == run
     with jax.set_mesh(run.mesh.build()):
         shapes = jax.eval_shape(lambda: initial_params(run))
     for stage in run.stages:

@@ -44,7 +44,7 @@ def test_pixels_equal_those_of_transformers():
 
 def layout(side, newline, tasks=0, unpad=True, **tokens):
     """A layout of one encoder with side x side tokens."""
-    tokens = TokenLayout(8, side, newline, unpad, **tokens)
+    tokens = TokenLayout(side, newline, unpad, **tokens)
     return VisualLayout({"a": EncoderInput(56, side, (0, 0, 0), "squash")}, tokens, tasks)
 
 

@@ -154,7 +154,7 @@ class Everything(nn.Module):
 
     def __call__(self, images: dict, masks: dict) -> dict[str, jax.Array]:
         maps = {name: self.fusers[name](encoder(images[name])) for name, encoder in self.encoders.items()}
-        return {name: aggregate(maps, masks).tokens for name, aggregate in self.aggregators.items()}
+        return {name: aggregate(maps, masks, zoo.LLM).tokens for name, aggregate in self.aggregators.items()}
 
 
 @pytest.mark.long

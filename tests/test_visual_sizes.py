@@ -41,10 +41,10 @@ def test_parameters_of_mmfuser_by_levels():
         assert sum(map(math.prod, ours.values())) == parameters
 
 
-def count_aggregator(aggregator, maps) -> int:
+def count_aggregator(aggregator, maps, width: int = visual_table.H) -> int:
     features = {k: FeatureMap(visual_table.array(1, *m[:3])) for k, m in maps.items()}
     masks = {k: visual_table.array(1, m.h, m.w, dtype=jnp.bool_) for k, m in maps.items()}
-    return sum(map(math.prod, shapes(aggregator, features, masks).values()))
+    return sum(map(math.prod, shapes(aggregator, features, masks, llm_width=width).values()))
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_parameters_of_aggregators(name, parameters):
 )
 def test_parameters_of_cambrian(width, layers, parameters):
     """All parameters that Cambrian-1 8B, 13B and 34B add to the language model and the encoders."""
-    sva = SVA(1024, width, 24)
+    sva = SVA(1024, 24)
     sides = [m.h for m in visual_table.CAMBRIAN.values()]
     array = visual_table.array
     features = [array(1, side, side, 1024) for side in sides]
     masks = [array(1, side, side, dtype=jnp.bool_) for side in sides]
     memory = jax.eval_shape(partial(to_memory, grid=24), features, masks, array(1, 1024))
     inside = shapes(SVALayer(1024), array(1, 24**2, width), memory)
-    new = count_aggregator(sva, visual_table.CAMBRIAN) + layers * sum(map(math.prod, inside.values()))
+    new = count_aggregator(sva, visual_table.CAMBRIAN, width) + layers * sum(map(math.prod, inside.values()))
     assert new == parameters

@@ -30,11 +30,11 @@ def vit(**fields) -> ViT:
     return ViT(28, 14, 16, 4, 2, 24, **{"taps": (1, 3)} | fields)
 
 
-def mllm(aggregator, llm, fuser=None, distill=()) -> MLLM:
+def mllm(aggregator, llm, fuser=None, **objectives) -> MLLM:
     """A model with one or (SVA) two encoders."""
     sizes = {"a": 28, "b": 56} if isinstance(aggregator, SVA) else {"a": 28}
     encoders = {name: ViT(size, 14, 16, 2, 2, 24, taps=(1, 2)) for name, size in sizes.items()}
-    return MLLM(encoders, dict.fromkeys(encoders, fuser or Single()), aggregator, llm, dict(distill))
+    return MLLM(encoders, dict.fromkeys(encoders, fuser or Single()), aggregator, llm, objectives)
 
 
 def without_encoders(ours: dict) -> dict:
@@ -44,7 +44,7 @@ def without_encoders(ours: dict) -> dict:
 
 def of_mllm(model: MLLM) -> dict:
     batch = jax.tree.map(jnp.asarray, empty_batch(model.layout, 1, 64, 1, model.target_shapes))
-    return without_encoders(shapes(model, batch, losses=("next_token", *model.distill)))
+    return without_encoders(shapes(model, batch, losses=tuple(model.objectives)))
 
 
 def llm(**fields) -> Decoder:
@@ -65,16 +65,16 @@ def families():
     """Name -> (key map, our shapes)."""
     insert = dict(inserts=VisualInserts(SVALayer(16, 4), 0, 1, 3))
     teachers = {
-        "depth": EmbedDistill(4, 6, 16, (2, 4), tokens=2, extra_heads=3, predictor_width=8),
-        "gen": EmbedDistill(1, 6, 16, (3,), tokens=2, pooled=False, blocks=2),
+        "depth": EmbedDistill(4, 6, (2, 4), tokens=2, extra_heads=3, predictor_width=8),
+        "gen": EmbedDistill(1, 6, (3,), tokens=2, pooled=False, blocks=2),
     }
     clip = vit(class_token=True, pre_norm=True, patch_bias=False)
     naflex = vit(table=3, final_norm=True)
     dino3 = vit(class_token=True, layer_scale=True, registers=2, rope_theta=100.0, key_bias=False)
     dino = vit(class_token=True, layer_scale=True, registers=2, gated=True, final_norm=True, taps=(4,))
-    cambrian = mllm(SVA(16, 16, 2, depth=2, heads=4, groups=(2, 1)), llm(**insert))
-    visper = mllm(MLPProjector(16, 2), llm(), distill=teachers)
-    fused = mllm(MLPProjector(16, 2), llm(), fuser=MMFuser(4, 2))
+    cambrian = mllm(SVA(16, 2, depth=2, heads=4, groups=(2, 1)), llm(**insert))
+    visper = mllm(MLPProjector(2), llm(), **teachers)
+    fused = mllm(MLPProjector(2), llm(), fuser=MMFuser(4, 2))
     qwen, phi = llm(qkv_bias=True, tied=True), llm()
     return {
         "llama": (key_maps.llama(phi), of_llm(phi)),

@@ -67,15 +67,15 @@ FUSERS: dict[str, nn.Module] = {
 }
 ONE_MAP = ("single", "average", "weighted", "concat", "fpn")  # fusers that accept a single map
 AGGREGATORS: dict[str, nn.Module] = {
-    "linear": MLPProjector(LLM, 4, depth=1),
-    "mlp": MLPProjector(LLM, 4, newline=True),
-    "additive": AdditiveMoF(LLM, alpha=0.25),
-    "interleaved": InterleavedMoF(LLM),
-    "resampler": Resampler(LLM, WIDTH, tokens=3, depth=2, heads=2, head_dim=8, mlp_ratio=2),
-    "qformer": QFormer(LLM, tokens=3, width=8, depth=2, heads=2, mlp=16),
-    "shuffle": PixelShuffle(LLM, 2),
-    "abstractor": CAbstractor(LLM, 2, width=8, depth=1),
-    "sva": SVA(8, LLM, 2, depth=1, heads=2),
+    "linear": MLPProjector(4, depth=1),
+    "mlp": MLPProjector(4, newline=True),
+    "additive": AdditiveMoF(alpha=0.25),
+    "interleaved": InterleavedMoF(),
+    "resampler": Resampler(WIDTH, tokens=3, depth=2, heads=2, head_dim=8, mlp_ratio=2),
+    "qformer": QFormer(tokens=3, width=8, depth=2, heads=2, mlp=16),
+    "shuffle": PixelShuffle(2),
+    "abstractor": CAbstractor(2, width=8, depth=1),
+    "sva": SVA(8, 2, depth=1, heads=2),
 }
 
 
@@ -98,7 +98,7 @@ class Path(nn.Module):
     aggregator: nn.Module
 
     def __call__(self, taps: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jax.Array:
-        return self.aggregator({name: fuse(taps[name]) for name, fuse in self.fusers.items()}, masks).tokens
+        return self.aggregator({name: fuse(taps[name]) for name, fuse in self.fusers.items()}, masks, LLM).tokens
 
 
 def random_maps(*shape: int) -> jax.Array:

@@ -53,28 +53,28 @@ FUSERS = {  # name -> (fuser, number of CLIP-L/336 taps)
     "MMFuser, linear": (MMFuser(attention="linear"), 5),
 }
 AGGREGATORS = {  # name -> (aggregator, maps)
-    "MLPProjector, depth 1": (MLPProjector(H, 24, depth=1), {"clip": CLIP}),
-    "MLPProjector": (MLPProjector(H, 24), {"clip": CLIP}),
-    "MLPProjector, after SCI or DCI": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 3072)}),
-    "MLPProjector, after Concat of 5": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 5120)}),
-    "MLPProjector, after STI": (MLPProjector(H, 24), {"clip": MapShape(24, 24, 1024, 144)}),
-    "MLPProjector, Cambrian's four": (MLPProjector(H, 24), CAMBRIAN),
-    "AdditiveMoF": (AdditiveMoF(H), {"clip": CLIP, "dino": CLIP}),
-    "InterleavedMoF": (InterleavedMoF(H), {"clip": CLIP, "dino": CLIP}),
-    "Resampler": (Resampler(H, 1024), {"clip": CLIP}),
-    "QFormer": (QFormer(H), {"clip": MapShape(16, 16, 1408)}),
-    "PixelShuffle": (PixelShuffle(H, 12), {"clip": CLIP}),
-    "CAbstractor": (CAbstractor(H), {"clip": CLIP}),
-    "SVA": (SVA(1024, H, 24), CAMBRIAN),
+    "MLPProjector, depth 1": (MLPProjector(24, depth=1), {"clip": CLIP}),
+    "MLPProjector": (MLPProjector(24), {"clip": CLIP}),
+    "MLPProjector, after SCI or DCI": (MLPProjector(24), {"clip": MapShape(24, 24, 3072)}),
+    "MLPProjector, after Concat of 5": (MLPProjector(24), {"clip": MapShape(24, 24, 5120)}),
+    "MLPProjector, after STI": (MLPProjector(24), {"clip": MapShape(24, 24, 1024, 144)}),
+    "MLPProjector, Cambrian's four": (MLPProjector(24), CAMBRIAN),
+    "AdditiveMoF": (AdditiveMoF(), {"clip": CLIP, "dino": CLIP}),
+    "InterleavedMoF": (InterleavedMoF(), {"clip": CLIP, "dino": CLIP}),
+    "Resampler": (Resampler(1024), {"clip": CLIP}),
+    "QFormer": (QFormer(), {"clip": MapShape(16, 16, 1408)}),
+    "PixelShuffle": (PixelShuffle(12), {"clip": CLIP}),
+    "CAbstractor": (CAbstractor(), {"clip": CLIP}),
+    "SVA": (SVA(1024, 24), CAMBRIAN),
 }
 
 
-def measure(module: nn.Module, *args) -> tuple[int, float]:
-    """(parameters, FLOPs) of a module for abstract inputs."""
-    init = lambda *args: module.init(jax.random.key(0), *args)
+def measure(module: nn.Module, *args, **static) -> tuple[int, float]:
+    """(parameters, FLOPs) of a module for abstract inputs and other arguments."""
+    init = lambda *args: module.init(jax.random.key(0), *args, **static)
     variables = jax.eval_shape(init, *args)
     count = sum(math.prod(x.shape) for x in flatten(variables.get("params", {})).values())
-    lowered = jax.jit(module.apply).lower(variables, *args)
+    lowered = jax.jit(partial(module.apply, **static)).lower(variables, *args)
     return count, lowered.cost_analysis().get("flops", 0.0)
 
 
@@ -93,7 +93,7 @@ def measure_aggregator(aggregator: nn.Module, maps: dict[str, MapShape]) -> tupl
     aggregator.layout(maps)
     features = {k: FeatureMap(array(1, *m[:3]), array(1, m.extra, m.c) if m.extra else None) for k, m in maps.items()}
     masks = {k: array(1, m.h, m.w, dtype=jnp.bool_) for k, m in maps.items()}
-    return measure(aggregator, features, masks)
+    return measure(aggregator, features, masks, llm_width=H)
 
 
 def measure_in_llm(width: int) -> tuple[int, float]:

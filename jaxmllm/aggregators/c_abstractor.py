@@ -54,7 +54,6 @@ class CAbstractor(nn.Module):
     linear layers with SiLU between them.
     """
 
-    llm_width: int  # H
     grid: int = 12  # L
     width: int = 1024
     depth: int = 3
@@ -70,15 +69,15 @@ class CAbstractor(nn.Module):
         (h, w, _, _), *_ = maps.values()
         if min(h, w) < self.grid:
             raise ValueError(f"CAbstractor cannot pool {h} x {w} cells into {self.grid} x {self.grid} tokens")
-        return TokenLayout(self.llm_width, self.grid, self.newline, self.unpad)
+        return TokenLayout(self.grid, self.newline, self.unpad)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
         x = jnp.concatenate([m.cells for m in maps.values()], -1)
-        x = x + LearnedArray(x.shape[1:], nn.initializers.truncated_normal(0.02), name="positions")().astype(x.dtype)
+        x = x + LearnedArray(nn.initializers.truncated_normal(0.02), name="positions")(x.shape[1:]).astype(x.dtype)
         for i in range(2 * self.depth):
             if i == self.depth:
                 x = adaptive_pool(x, self.grid, self.grid)
             x = RegBlock(self.width, name=f"block_{i}")(x)
-        x = Projector(self.llm_width, self.mlp_depth, "silu", name="projector")(x)
+        x = Projector(llm_width, self.mlp_depth, "silu", name="projector")(x)
         return VisualTokens(lay_out(x, self.newline), None)

@@ -46,7 +46,7 @@ def lay_out(cells: jax.Array, newline: bool, extra: jax.Array | None = None) -> 
     """
     n, rows, _, h = cells.shape
     if newline:
-        newline = LearnedArray((h,), normal(h**-0.5), name="newline")().astype(cells.dtype)
+        newline = LearnedArray(normal(h**-0.5), name="newline")((h,)).astype(cells.dtype)
         cells = jnp.concatenate([cells, sharded.repeat_rows(newline, n, rows, 1)], 2)
     tokens = sharded.reshape(cells, n, rows * cells.shape[2], h)
     return tokens if extra is None else jnp.concatenate([tokens, extra], 1)
@@ -58,7 +58,6 @@ class MLPProjector(nn.Module):
     LLaVA-1.5 has no newline token and keeps the tokens of padding; LLaVA-NeXT has a newline token and drops them.
     """
 
-    llm_width: int  # H
     grid: int  # L
     depth: int = 2
     newline: bool = False
@@ -70,11 +69,11 @@ class MLPProjector(nn.Module):
         extra = sum(x.extra for x in maps.values())
         if extra and [x[:2] for x in maps.values()] != [(self.grid, self.grid)]:
             raise ValueError(f"MLPProjector: extra tokens (STI) need a single encoder, with a grid of {self.grid}")
-        return TokenLayout(self.llm_width, self.grid, self.newline, self.unpad, extra=extra)
+        return TokenLayout(self.grid, self.newline, self.unpad, extra=extra)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
-        project = Projector(self.llm_width, self.depth, name="projector")
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
+        project = Projector(llm_width, self.depth, name="projector")
         cells = project(join_channels(maps, self.grid))
         extra = [project(x.extra) for x in maps.values() if x.extra is not None]
         return VisualTokens(lay_out(cells, self.newline, *extra), None)

@@ -18,7 +18,6 @@ from jaxmllm.nn.maps import need_plain, need_same
 class AdditiveMoF(nn.Module):
     """Two maps of one size -> tokens [N, L*L, H]: one projector on alpha * first + (1 - alpha) * second."""
 
-    llm_width: int  # H
     alpha: float = 0.5  # share of the first encoder
     depth: int = 2
     newline: bool = False
@@ -32,10 +31,10 @@ class AdditiveMoF(nn.Module):
         return grid_layout(self, maps, channels=True)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
         a, b = (x.cells for x in maps.values())
         x = (self.alpha * a.astype(jnp.float32) + (1 - self.alpha) * b.astype(jnp.float32)).astype(a.dtype)
-        x = Projector(self.llm_width, self.depth, name="projector")(x)
+        x = Projector(llm_width, self.depth, name="projector")(x)
         return VisualTokens(lay_out(x, self.newline), None)
 
 
@@ -45,7 +44,6 @@ class InterleavedMoF(nn.Module):
     Each encoder has its own projector; the tokens of a cell stand side by side, in the order of the encoders.
     """
 
-    llm_width: int  # H
     depth: int = 2
     newline: bool = False
     unpad: bool = False
@@ -58,10 +56,10 @@ class InterleavedMoF(nn.Module):
         return grid_layout(self, maps, channels=False)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
-        parts = [Projector(self.llm_width, self.depth, name=f"projector_{name}")(x.cells) for name, x in maps.items()]
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
+        parts = [Projector(llm_width, self.depth, name=f"projector_{name}")(x.cells) for name, x in maps.items()]
         n, h, w, _ = parts[0].shape
-        cells = sharded.reshape(jnp.stack(parts, 3), n, h, w * len(parts), self.llm_width)
+        cells = sharded.reshape(jnp.stack(parts, 3), n, h, w * len(parts), llm_width)
         return VisualTokens(lay_out(cells, self.newline), None)
 
 
@@ -74,4 +72,4 @@ def grid_layout(mof: AdditiveMoF | InterleavedMoF, maps: dict[str, MapShape], ch
     if h != w:
         raise ValueError(f"{who}: the grid of its tokens must be square, not {h} x {w}")
     per_cell = 1 if channels else len(maps)
-    return TokenLayout(mof.llm_width, h, mof.newline, mof.unpad, per_cell)
+    return TokenLayout(h, mof.newline, mof.unpad, per_cell)

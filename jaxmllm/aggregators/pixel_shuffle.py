@@ -18,7 +18,6 @@ from jaxmllm.nn.maps import need_plain
 class PixelShuffle(nn.Module):
     """Maps, joined along channels -> tokens [N, L*L (+ L), H]; each token reads ratio x ratio cells."""
 
-    llm_width: int  # H
     grid: int  # L
     ratio: int = 2
     depth: int = 2
@@ -34,13 +33,13 @@ class PixelShuffle(nn.Module):
             if x[:2] != (side, side):
                 needed = f"{self.ratio} x {self.ratio} cells for each of {self.grid} x {self.grid} tokens"
                 raise ValueError(f"PixelShuffle: encoder {name!r} has a grid of {x.h} x {x.w}, not {needed}")
-        return TokenLayout(self.llm_width, self.grid, self.newline, self.unpad)
+        return TokenLayout(self.grid, self.newline, self.unpad)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
         x = join_channels(maps, self.grid * self.ratio)
         n, c, r = x.shape[0], x.shape[-1], self.ratio
         x = sharded.reshape(x, n, self.grid, r, self.grid, r, c).swapaxes(2, 3)
         x = sharded.reshape(x, n, self.grid, self.grid, r * r * c)
-        x = Projector(self.llm_width, self.depth, name="projector")(x)
+        x = Projector(llm_width, self.depth, name="projector")(x)
         return VisualTokens(lay_out(x, self.newline), None)

@@ -24,7 +24,6 @@ from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 class QFormer(nn.Module):
     """Maps -> tokens [N, `tokens`, H] that belong to no cell. The defaults are BLIP-2's."""
 
-    llm_width: int  # H
     tokens: int = 32
     width: int = 768
     depth: int = 12
@@ -41,14 +40,14 @@ class QFormer(nn.Module):
             raise ValueError(f"QFormer needs maps of one width, not {widths}; use one encoder, or Resampler")
         if self.width % self.heads:
             raise ValueError(f"QFormer: width {self.width} must be a multiple of its {self.heads} heads")
-        return TokenLayout(self.llm_width, extra=self.tokens)
+        return TokenLayout(extra=self.tokens)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
         parts = [flatten_cells(x, masks[name]) for name, x in maps.items()]
         x, mask = (jnp.concatenate(part, 1) for part in zip(*parts))
         init = normal(0.02)
-        z = LearnedArray((self.tokens, self.width), init, name="queries")().astype(x.dtype)
+        z = LearnedArray(init, name="queries")((self.tokens, self.width)).astype(x.dtype)
         z = sharded.repeat_rows(z, x.shape[0])
         z = Norm(eps=self.eps, name="norm")(z)
         for i in range(self.depth):
@@ -61,4 +60,4 @@ class QFormer(nn.Module):
                 z = Norm(eps=self.eps, name=f"layer_{i}_cross_norm")(z + attend[1](z, x, mask))
             mlp = MLP(self.mlp, self.width, kernel_init=init, name=f"layer_{i}_mlp")
             z = Norm(eps=self.eps, name=f"layer_{i}_mlp_norm")(z + mlp(z))
-        return VisualTokens(Linear((self.llm_width,), name="projector")(z), None)
+        return VisualTokens(Linear((llm_width,), name="projector")(z), None)

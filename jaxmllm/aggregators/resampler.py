@@ -35,7 +35,6 @@ def flatten_cells(x: FeatureMap, mask: jax.Array) -> tuple[jax.Array, jax.Array]
 class Resampler(nn.Module):
     """Maps -> tokens [N, `tokens`, H] that belong to no cell."""
 
-    llm_width: int  # H
     width: int  # of the latents
     tokens: int = 64
     depth: int = 6
@@ -46,10 +45,10 @@ class Resampler(nn.Module):
     @nn.nowrap
     def layout(self, maps: dict[str, MapShape]) -> TokenLayout:
         """Order of the tokens. All maps can be resampled."""
-        return TokenLayout(self.llm_width, extra=self.tokens)
+        return TokenLayout(extra=self.tokens)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
         keys, key_masks = [], []
         for name, x in maps.items():
             cells, mask = flatten_cells(x, masks[name])
@@ -60,7 +59,7 @@ class Resampler(nn.Module):
         x = jnp.concatenate(keys, 1)
         latent_mask = sharded.shard(jnp.ones((x.shape[0], self.tokens), bool), "batch", None)
         mask = jnp.concatenate([*key_masks, latent_mask], 1)
-        z = LearnedArray((self.tokens, self.width), normal(1.0), name="latents")().astype(x.dtype)
+        z = LearnedArray(normal(1.0), name="latents")((self.tokens, self.width)).astype(x.dtype)
         z = sharded.repeat_rows(z, x.shape[0])
         for i in range(self.depth):
             attend = CrossAttention(self.heads, self.head_dim, use_bias=False, name=f"attn_{i}")
@@ -68,5 +67,5 @@ class Resampler(nn.Module):
             z = z + attend(b, jnp.concatenate([a, b], 1), mask)
             mlp = MLP(self.width * self.mlp_ratio, self.width, "relu", use_bias=False, name=f"mlp_{i}")
             z = z + mlp(Norm(name=f"norm_mlp_{i}")(z))
-        z = Linear((self.llm_width,), name="projector")(Norm(name="norm")(z))
+        z = Linear((llm_width,), name="projector")(Norm(name="norm")(z))
         return VisualTokens(z, None)

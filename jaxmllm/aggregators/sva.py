@@ -110,7 +110,7 @@ class SVALayer(nn.Module):
         for i, cells in enumerate(memory.windows):
             cells, m = cells.astype(dtype), math.isqrt(len(cells))
             if m > 1:
-                positions = LearnedArray((m, m, self.width), normal(1.0), name=f"pos_embed_{i}")().astype(dtype)
+                positions = LearnedArray(normal(1.0), name=f"pos_embed_{i}")((m, m, self.width)).astype(dtype)
                 cells = cells + sharded.reshape(positions, m * m, 1, self.width)
             keys.append(project(cells, "k", f"_{i}"))
             values.append(project(cells, "v", f"_{i}"))
@@ -135,7 +135,6 @@ class SVA(nn.Module):
     """
 
     width: int  # C, the vision width
-    llm_width: int  # H
     grid: int  # L
     depth: int = 3
     heads: int = 16
@@ -156,7 +155,7 @@ class SVA(nn.Module):
                         f"SVA: grid {x.h} x {x.w} of encoder {name!r} must be square and a multiple of {side}"
                     )
         has_memory = all(x.h % self.grid == 0 for x in maps.values())
-        return TokenLayout(self.llm_width, self.grid, self.newline, unpad=True, memory=has_memory)
+        return TokenLayout(self.grid, self.newline, unpad=True, memory=has_memory)
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -164,7 +163,7 @@ class SVA(nn.Module):
         return self.groups or (self.grid,)
 
     @nn.compact
-    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array]) -> VisualTokens:
+    def __call__(self, maps: dict[str, FeatureMap], masks: dict[str, jax.Array], llm_width: int) -> VisualTokens:
         features = []
         for name, x in maps.items():
             n, h, w, _ = x.cells.shape
@@ -172,7 +171,7 @@ class SVA(nn.Module):
             features.append(sharded.reshape_dims(Norm(name=f"projector_norm_{name}")(x), 0, 1, n, h, w))
         context = features[0].mean((1, 2))
         cut = functools.cache(functools.partial(to_memory, features, [masks[name] for name in maps], context))
-        queries = LearnedArray((len(self.sides), self.width), normal(self.width**-0.5), name="query")()
+        queries = LearnedArray(normal(self.width**-0.5), name="query")((len(self.sides), self.width))
         outputs = []
         for g, side in enumerate(self.sides):
             x = sharded.repeat_rows(queries[g].astype(context.dtype), context.shape[0], side**2)
@@ -183,7 +182,7 @@ class SVA(nn.Module):
                 x = sharded.reshape_dims(x, 1, 2, self.grid**2)
             outputs.append(x)
         x = sharded.reshape_dims(jnp.concatenate(outputs, -1), 0, 2, n * self.grid**2)
-        x = MLP(self.llm_width, self.llm_width, name="projector")(x)
+        x = MLP(llm_width, llm_width, name="projector")(x)
         x = sharded.reshape_dims(x, 0, 1, n, self.grid, self.grid)
         has_memory = all(x.shape[1] % self.grid == 0 for x in features)
         return VisualTokens(lay_out(x, self.newline), cut(self.grid) if has_memory else None)

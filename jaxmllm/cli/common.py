@@ -50,9 +50,9 @@ def add_image_root(parser: argparse.ArgumentParser) -> None:
 
 def load_run(args: argparse.Namespace) -> Run:
     """The config that the arguments name, with their overrides."""
-    from jaxmllm import config
+    from jaxmllm import recipes
 
-    return config.override(config.load(args.config), args.overrides)
+    return recipes.override(recipes.load(args.config), args.overrides)
 
 
 def write_json(path: str | Path, figures: dict[str, Any]) -> None:

@@ -14,12 +14,12 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints lengths and packing of every source of a config."""
-    from jaxmllm import config
+    from jaxmllm import recipes
     from jaxmllm.data.build import sample_spec
     from jaxmllm.data.check import show_stats, stats
     from jaxmllm.data.sources.open import open_source
 
-    recipe = config.load(args.config)
+    recipe = recipes.load(args.config)
     for stage in recipe.stages:
         for source in stage.sources:
             records, spec = open_source(source.path, source.image_root), sample_spec(recipe, stage)

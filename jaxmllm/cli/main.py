@@ -10,6 +10,7 @@ import os
 import sys
 
 from jaxmllm.cli import bench, chat, data_check, data_convert, data_make_scenes, data_stats, eval, plan, train
+from jaxmllm.errors import check_local
 from jaxmllm.processes import keep_freed_memory
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA; the commands import it when they run
@@ -23,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     keep_freed_memory()
     try:
+        for name, value in vars(args).items():
+            if isinstance(value, str):
+                check_local(f"--{name}", value)
         return args.run(args) or 0
     except (ValueError, FileNotFoundError, FileExistsError) as error:  # ConfigError is a ValueError
         return fail(error, 2)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmllm import host_batches, mesh
-from jaxmllm.config import ConfigError, Data, Run, Stage
+from jaxmllm.config import Data, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.mixture import normalized
@@ -22,14 +22,17 @@ from jaxmllm.data.sizes import steps_of_epochs
 from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.sources.record import RecordSource
 from jaxmllm.data.tokenizer import load_tokenizer
+from jaxmllm.errors import ConfigError
 from jaxmllm.processes import say
 
 MAX_SHARDS = 256  # virtual shards by default
 
 
 def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
-    """How records become samples, in a stage or by default. Raises ConfigError if the tokenizer has more tokens than
-    the model."""
+    """How records become samples, in a stage or in general.
+
+    Raises ConfigError if the tokenizer has more tokens than the model.
+    """
     data, model = run.data_of(stage) if stage else run.data, run.model
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
@@ -103,23 +106,23 @@ def check_data(run: Run) -> None:
         check_rows(run, stage, devices)
 
 
-def resolve(run: Run, workdir: str | None = None) -> Run:
-    """The run with the virtual shards and steps of all stages filled in, as config.json keeps them.
+def resolve(run: Run, steps_from: str | None = None) -> Run:
+    """The run with the virtual shards and steps of all stages filled in as numbers, as config.json keeps them.
 
-    For a stage with epochs, the steps are those that WORKDIR/config.json holds for as many epochs, or else they are
-    measured (sizes.steps_of_epochs). Raises ValueError if the data cannot be read.
+    The steps of a stage with epochs are measured, which gives the same number for the same data. steps_from: a workdir
+    whose data has changed; they are then those of its config.json. Raises ValueError if the data cannot be read.
     """
-    stages = []
+    stages, kept = [], saved_steps(steps_from) if steps_from else {}
     for stage in run.stages:
         data = run.data_of(stage)
         filled = {"shards": resolve_shards(data, stage.rows)} if data.shards is None else {}
-        steps = stage.steps or kept_steps(workdir, stage) or resolve_steps(run, stage)
-        stages.append(dataclasses.replace(stage, data={**stage.data, **filled}, steps=steps))
+        steps = stage.steps or kept.get(stage.name) or resolve_steps(run, stage)
+        stages.append(dataclasses.replace(stage, data={**stage.data, **filled}, steps=steps, epochs=None))
     return dataclasses.replace(run, stages=tuple(stages))
 
 
 def resolve_steps(run: Run, stage: Stage) -> int:
-    """The steps of a stage that is given in epochs; says how many there are."""
+    """The steps of a stage that is given in epochs (sizes.steps_of_epochs says what an epoch is); prints them."""
     sources, spec = weighted_sources(stage), sample_spec(run, stage)
     steps = steps_of_epochs(stage.epochs, stage.rows, sources, spec, run.data_of(stage).packing)
     if jax.process_index() == 0:
@@ -127,12 +130,11 @@ def resolve_steps(run: Run, stage: Stage) -> int:
     return steps
 
 
-def kept_steps(workdir: str | None, stage: Stage) -> int | None:
-    """The steps that WORKDIR/config.json holds for a stage of this name with as many epochs; None if it has none."""
-    file = Path(workdir) / "config.json" if workdir else None
-    document = json.loads(file.read_text()) if file and file.exists() else {}
-    kept = {(saved["name"], saved.get("epochs")): saved["steps"] for saved in document.get("stages", [])}
-    return kept.get((stage.name, stage.epochs))
+def saved_steps(workdir: str) -> dict[str, int]:
+    """Stage -> steps, as WORKDIR/config.json says; {} without such a file."""
+    file = Path(workdir) / "config.json"
+    document = json.loads(file.read_text()) if file.exists() else {}
+    return {stage["name"]: stage["steps"] for stage in document.get("stages", [])}
 
 
 def make_loader(run: Run, stage: Stage, workdir: str, accept_changed: bool = False) -> Loader:

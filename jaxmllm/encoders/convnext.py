@@ -23,7 +23,7 @@ class Block(nn.Module):
         width = x.shape[-1]
         y = Norm(eps=self.eps, name="norm")(Conv(width, 7, depthwise=True, name="conv")(x))
         y = MLP(4 * width, width, name="mlp")(y)
-        return x + y * LearnedArray((width,), nn.initializers.ones, name="scale")().astype(y.dtype), cache
+        return x + y * LearnedArray(nn.initializers.ones, name="scale")((width,)).astype(y.dtype), cache, {}
 
 
 class ConvNeXt(Pyramid):
@@ -55,6 +55,6 @@ class ConvNeXt(Pyramid):
                 x = self.as_map(Linear((self.widths[i - 1],), (None,), name=f"down{i}")(x), i)
             depth = self.depths[i - 1]
             stack = Stack(Block(self.eps), depth, self.remat, self.unroll, name=f"stage{i}")
-            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), depth), None)
+            x, *_ = stack(x, empty_taps(x, 0), tap_slots((), depth), None)
             maps[i] = x
         return self.joined([maps[t] for t in self.taps])

@@ -30,7 +30,7 @@ class WindowAttention(nn.Module):
         dim = width // self.heads
         q, k, v = (Linear((self.heads, dim), out_axes=("heads", None), name=name)(x) for name in "qkv")
         scores = jnp.einsum("nwshd,nwthd->nwhst", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-        table = LearnedArray(((2 * self.window - 1) ** 2, self.heads), normal(0.02), name="offset_bias")()
+        table = LearnedArray(normal(0.02), name="offset_bias")(((2 * self.window - 1) ** 2, self.heads))
         bias = sharded.shard(table[offsets(self.window)].transpose(2, 0, 1), "heads", None, None)  # [heads, S, T]
         scores = scores + bias.astype(jnp.float32)
         if mask is not None:
@@ -101,7 +101,7 @@ class Pair(nn.Module):
     def __call__(self, x, cache):
         for name, shift in (("plain", 0), ("shifted", self.window // 2)):
             x = Block(self.heads, self.window, shift, self.mlp_ratio, self.eps, name=name)(x)
-        return x, cache
+        return x, cache, {}
 
 
 class Swin(Pyramid):
@@ -148,7 +148,7 @@ class Swin(Pyramid):
             pairs = self.depths[i - 1] // 2
             block = Pair(self.heads[i - 1], self.window, self.mlp_ratio, self.eps)
             stack = Stack(block, pairs, self.remat, self.unroll, name=f"stage{i}")
-            x, _, _ = stack(x, empty_taps(x, 0), tap_slots((), pairs), None)
+            x, *_ = stack(x, empty_taps(x, 0), tap_slots((), pairs), None)
             maps[i] = Norm(name=f"norm{i}")(x) if self.norms and i in self.taps else x
         return self.joined([maps[t] for t in self.taps])
 

@@ -44,11 +44,11 @@ class Block(nn.Module):
         def scaled(y, name):
             if not self.layer_scale:
                 return y
-            return y * LearnedArray((width,), nn.initializers.ones, name=name)().astype(y.dtype)
+            return y * LearnedArray(nn.initializers.ones, name=name)((width,)).astype(y.dtype)
 
         x = x + scaled(attn(Norm(eps=self.eps, name="norm1")(x), angles=angles)[0], "scale1")
         x = x + scaled(mlp(Norm(eps=self.eps, name="norm2")(x)), "scale2")
-        return x, cache
+        return x, cache, {}
 
 
 class ViT(Encoder):
@@ -118,7 +118,7 @@ class ViT(Encoder):
         block = Block(self.heads, self.mlp, self.activation, self.gated, self.eps, self.layer_scale, self.key_bias)
         depth = max(self.taps)
         stack = Stack(block, depth, self.remat, self.unroll, name="blocks")
-        _, out, _ = stack(x, taps, tap_slots(wanted, depth), None, *angles)
+        _, out, *_ = stack(x, taps, tap_slots(wanted, depth), None, *angles)
         out = jnp.stack([out[wanted.index(t)] if t else x for t in self.taps])
         if self.final_norm:
             out = Norm(eps=self.eps, name="final_norm")(out)
@@ -151,10 +151,10 @@ class ViT(Encoder):
         table = None if self.rope_theta else self.position_table().astype(x.dtype)
         others = []
         if self.class_token:
-            token = LearnedArray((1, self.width), normal(0.02), name="class_token")().astype(x.dtype)
+            token = LearnedArray(normal(0.02), name="class_token")((1, self.width)).astype(x.dtype)
             others.append(token if table is None else token + table[:1])
         if self.registers:
-            others.append(LearnedArray((self.registers, self.width), normal(0.02), name="registers")().astype(x.dtype))
+            others.append(LearnedArray(normal(0.02), name="registers")((self.registers, self.width)).astype(x.dtype))
         if table is not None:
             x = x + table[self.class_token :]
         if others:
@@ -164,7 +164,7 @@ class ViT(Encoder):
     def position_table(self) -> jax.Array:
         """Positions of the class token, if there is one, and of the cells, [class token + grid*grid, C]."""
         side = self.table or self.grid
-        table = LearnedArray((self.class_token + side * side, self.width), sincos_table(side), name="positions")()
+        table = LearnedArray(sincos_table(side), name="positions")((self.class_token + side * side, self.width))
         if side == self.grid:
             return table
         lead, cells = table[: self.class_token], table[self.class_token :].reshape(side, side, self.width)

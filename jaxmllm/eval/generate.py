@@ -29,14 +29,14 @@ def make_generate(model, max_new_tokens: int, stop_token: int) -> Callable:
         b, s = batch.tokens.shape
         table = sharded.shard(apply(method=lambda m: m.llm.output_table()), "vocab", None)
         cache = jax.tree.map(shard_cache, model.llm.empty_cache(b, s + max_new_tokens, table.dtype))
-        states, _, cache = apply(batch, (), cache, method="hidden")
+        states, _, cache, _ = apply(batch, (), cache, method="hidden")
         first = likeliest_token(states[:, -1], table)
         lengths = batch.positions[:, -1] + 1
 
         def step(carry):
             i, token, done, cache, out = carry
             out = jnp.where(jnp.arange(max_new_tokens) == i, token[:, None], out)
-            states, _, cache = apply(token, lengths + i, cache, s + i, method=decode_step)
+            states, _, cache, _ = apply(token, lengths + i, cache, s + i, method=decode_step)
             new = jnp.where(done, stop_token, likeliest_token(states[:, 0], table))
             return i + 1, new, done | (new == stop_token), cache, out
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from jaxmllm import host_batches
 from jaxmllm import mesh as meshes
-from jaxmllm.config import ConfigError, Run, from_document, override
+from jaxmllm.config import Run
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.loader import make_batch
 from jaxmllm.data.samples import make_sample
 from jaxmllm.data.sources.record import Blob, Record, read_file
 from jaxmllm.data.templates import IMAGE
+from jaxmllm.errors import ConfigError
 from jaxmllm.eval.generate import left_pad, make_generate
-from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
-from jaxmllm.train.setup import initial_params
+from jaxmllm.recipes import override, read_run
+from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
+from jaxmllm.train.setup import abstract_params
 from jaxmllm.train.state import unflatten
 
 LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -33,17 +33,20 @@ class Model:
     Raises ConfigError if `workdir` holds no run or no checkpoint.
     """
 
-    def __init__(self, workdir: str, max_new_tokens: int = 32, overrides: Sequence[str] = ()):
-        """overrides: assignments to the config, such as "mesh.fsdp=1" for other devices than those of training."""
-        self.config = override(read_config(workdir), list(overrides))
+    def __init__(
+        self, workdir: str, max_new_tokens: int = 32, overrides: Sequence[str] = (), config: str | None = None
+    ):
+        """overrides: assignments to the config, such as "mesh.fsdp=1" for other devices than those of training.
+        config: FILE.py of a recipe with parts of its own (recipes.read_run)."""
+        self.config = override(read_run(workdir, config), list(overrides))
         self.spec = dataclasses.replace(sample_spec(self.config), targets=None)
         self.tokenizer = self.spec.tokenizer
         self.mesh = self.config.mesh.build()
         with jax.set_mesh(self.mesh):
             dtype = jnp.dtype(self.config.compute_dtype)
-            abstract = abstract_on(self.mesh, jax.eval_shape(lambda: initial_params(self.config)))
-            params = newest_checkpoints(workdir, self.config).restore_params(abstract)
-            self.params = unflatten({k: v.astype(dtype) for k, v in params.items()})
+            abstract, _ = abstract_params(self.config, self.mesh)
+            abstract = {path: x.update(dtype=dtype) for path, x in abstract.items()}
+            self.params = unflatten(newest_checkpoints(workdir, self.config).restore_params(abstract))
         stop = self.tokenizer.id(self.spec.template.end)
         self.generate = make_generate(self.config.model, max_new_tokens, stop)
 
@@ -95,21 +98,9 @@ def chat_record(image: str | None, turns: list[dict[str, str]]) -> Record:
     return Record("chat", image or "chat", {"conversations": turns}, blobs, {})
 
 
-def read_config(workdir: str) -> Run:
-    """The config that a workdir was trained with."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{workdir} holds no run (no config.json); train one with `jaxmllm train CONFIG --workdir {workdir}`"
-        )
-    return from_document(json.loads(path.read_text()), str(path))
-
-
 def newest_checkpoints(workdir: str, config: Run) -> StageCheckpoints:
-    """The checkpoints of the last stage that has any."""
-    for stage in reversed(config.stages):
-        if (Path(workdir) / stage.name / "checkpoints").is_dir():
-            checkpoints = StageCheckpoints(workdir, stage.name)
-            if checkpoints.latest() is not None:
-                return checkpoints
+    """The checkpoints of the last stage that has any. Raises ConfigError if no stage has."""
+    for checkpoints in reversed(open_checkpoints(workdir, [stage.name for stage in config.stages])):
+        if checkpoints.latest() is not None:
+            return checkpoints
     raise ConfigError(f"{workdir} has no checkpoint yet; run `jaxmllm train` on it first")

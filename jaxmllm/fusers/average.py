@@ -33,5 +33,5 @@ class WeightedAverage(Average):
 
     @nn.compact
     def __call__(self, taps: jax.Array) -> FeatureMap:
-        weights = jax.nn.softmax(LearnedArray((len(taps),), zeros, name="logits")().astype(jnp.float32))
+        weights = jax.nn.softmax(LearnedArray(zeros, name="logits")((len(taps),)).astype(jnp.float32))
         return FeatureMap(sum(w * x.astype(jnp.float32) for w, x in zip(weights, taps)).astype(taps[0].dtype))

@@ -89,8 +89,8 @@ class MMFuser(nn.Module):
         a = self.new_attention("cross_attn")(q, reference, levels)
         a1 = Norm(eps=self.eps, name="norm1")(a)
         a2 = self.new_attention("self_attn")(a1, reference, [query.replace(x=a1[None])])
-        outer = LearnedArray(a.shape[-1:], zeros, name="scale_outer")().astype(a.dtype)
-        inner = LearnedArray(a.shape[-1:], zeros, name="scale_inner")().astype(a.dtype)
+        outer = LearnedArray(zeros, name="scale_outer")(a.shape[-1:]).astype(a.dtype)
+        inner = LearnedArray(zeros, name="scale_inner")(a.shape[-1:]).astype(a.dtype)
         out = query.replace(x=query.x + outer * (a + inner * a2)).maps[0]
         return out, a[:, : len(centers)], a2[:, : len(centers)]
 
@@ -147,7 +147,7 @@ class DeformableAttention(nn.Module):
             return sharded.reshape_to(x, (n, count, *shape), *names).astype(jnp.float32)
 
         offsets = of_query("sampling_offsets", *shape, 2, use_bias=False)
-        bias = LearnedArray((*shape, 2), lambda *_: circle_bias(*shape), name="offset_bias")()
+        bias = LearnedArray(lambda *_: circle_bias(*shape), name="offset_bias")((*shape, 2))
         offsets = offsets + sharded.shard(bias.astype(jnp.float32), "heads")
         logits = of_query("attention_weights", *shape)
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max((-2, -1), keepdims=True)))

@@ -5,7 +5,7 @@ With `inserts`, layers that look at the image follow some decoder layers (insert
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -46,7 +46,7 @@ class DecoderBlock(nn.Module):
         mlp = MLP(self.mlp, x.shape[-1], "silu", gated=True, use_bias=False, kernel_init=init, name="mlp")
         y, cache = attn(Norm("rms", self.eps, name="norm1")(x), positions, segments, cache, cache_index)
         x = x + y
-        return x + mlp(Norm("rms", self.eps, name="norm2")(x)), cache
+        return x + mlp(Norm("rms", self.eps, name="norm2")(x)), cache, {}
 
 
 class Decoder(nn.Module):
@@ -71,6 +71,10 @@ class Decoder(nn.Module):
     remat: str = "full"
     unroll: int | bool = 1
 
+    # Names of the auxiliary losses and metrics that the blocks hand up (nn/stack.py): a subclass whose `block` makes
+    # blocks of another kind lists theirs here.
+    aux: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self):
         super().__post_init__()
         if self.heads % self.kv_heads:
@@ -81,18 +85,15 @@ class Decoder(nn.Module):
                 f"{self.layers - 1}; change start, stride or count of inserts"
             )
 
+    @nn.nowrap
+    def block(self) -> nn.Module:
+        """A new block; all layers are copies of it."""
+        head_dim = self.head_dim or self.width // self.heads
+        return DecoderBlock(self.heads, self.kv_heads, head_dim, self.mlp, self.rope_theta, self.eps, self.qkv_bias)
+
     def setup(self):
-        block = DecoderBlock(
-            self.heads,
-            self.kv_heads,
-            self.head_dim or self.width // self.heads,
-            self.mlp,
-            self.rope_theta,
-            self.eps,
-            self.qkv_bias,
-        )
         self.embedding = Embed(self.vocab, self.width)
-        self.blocks = Stack(block, self.layers, self.remat, self.unroll)
+        self.blocks = Stack(self.block(), self.layers, self.remat, self.unroll)
         if self.inserts:
             self.visual = VisualLayers(self.inserts, self.layers, self.remat != "none")
         self.norm = Norm("rms", self.eps)
@@ -116,15 +117,20 @@ class Decoder(nn.Module):
         taps: tuple[int, ...] = (),
         cache: Any = None,
         cache_index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, dict[int, jax.Array], Any]:
-        """Embedded tokens x [B, S, H]; positions, segments int32[B, S] -> (normed states [B, S, H], taps, cache)."""
+    ) -> tuple[jax.Array, dict[int, jax.Array], Any, dict[str, jax.Array]]:
+        """Embedded tokens x [B, S, H]; positions, segments int32[B, S] -> (normed states [B, S, H], taps, cache, aux).
+
+        aux: what the blocks hand up, each with a leading layer dimension.
+        """
         wanted = tuple(t for t in taps if t != self.layers)
         slots, buffer = tap_slots(wanted, self.layers), empty_taps(x, len(wanted))
         interleave, carry = self.visual(x, visual) if self.inserts and visual is not None else (None, None)
         inputs = positions, segments, cache_index
-        x, buffer, cache = self.blocks(x, buffer, slots, cache, *inputs, interleave=interleave, interleave_carry=carry)
+        x, buffer, cache, aux = self.blocks(
+            x, buffer, slots, cache, *inputs, interleave=interleave, interleave_carry=carry
+        )
         x = self.norm(x)
-        return x, {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}, cache
+        return x, {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}, cache, aux
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> dict:
         """An empty key-value cache of `length` slots per row; every array has a leading layer dimension."""

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmllm import sharded
 from jaxmllm.nn import compiler
+from jaxmllm.nn.param_info import ParamInfo, describe_param
 
 Init = Callable[..., jax.Array]
 normal = nn.initializers.normal
@@ -30,8 +31,11 @@ def torch_uniform(fan_in: int) -> Init:
 
 
 class _Params(nn.Module):
-    def weight(self, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+    def weight(
+        self, kind: str, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int = 0
+    ) -> jax.Array:
         path = "/".join((*self.path, name))
+        describe_param(path, ParamInfo(kind, axes, inputs))
         return self.param(name, lambda key: sharded.shard_param(init(key, shape, jnp.float32), axes, path))
 
 
@@ -59,7 +63,7 @@ class Linear(_Params):
         def kernel_init(key, shape, dtype):  # an initialiser sees one matrix
             return init(key, (fan_in, fan_out), dtype).reshape(shape)
 
-        kernel = self.weight("kernel", kernel_init, (*inputs, *self.features), axes)
+        kernel = self.weight("matrix", "kernel", kernel_init, (*inputs, *self.features), axes, n)
         kernel = sharded.gather_param(kernel, axes).astype(x.dtype)
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         y = jax.lax.dot_general(
@@ -67,7 +71,7 @@ class Linear(_Params):
         )
         if self.use_bias:
             bias_init = zeros if self.kernel_init else torch_uniform(fan_in)
-            bias = self.weight("bias", bias_init, self.features, self.out_axes)
+            bias = self.weight("bias", "bias", bias_init, self.features, self.out_axes)
             y = y + sharded.gather_param(bias, self.out_axes).astype(x.dtype)
         return y
 
@@ -89,10 +93,10 @@ class Conv(_Params):
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, axes = (1, (None,) * 4) if self.depthwise else (x.shape[-1], (None, None, "embed", None))
         init = torch_uniform(self.side**2 * inputs)
-        kernel = self.weight("kernel", init, (self.side, self.side, inputs, self.features), axes)
+        kernel = self.weight("matrix", "kernel", init, (self.side, self.side, inputs, self.features), axes, 3)
         kernel = sharded.gather_param(kernel, axes).astype(x.dtype)
         y = compiler.convolve(x, kernel, self.stride, self.features if self.depthwise else 1)
-        return y + self.weight("bias", init, (self.features,), (None,)).astype(x.dtype) if self.use_bias else y
+        return y + self.weight("bias", "bias", init, (self.features,), (None,)).astype(x.dtype) if self.use_bias else y
 
 
 class Norm(_Params):
@@ -103,20 +107,20 @@ class Norm(_Params):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.weight("scale", ones, x.shape[-1:], (None,))
+        scale = self.weight("norm", "scale", ones, x.shape[-1:], (None,))
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps) * scale.astype(jnp.float32)
         if self.kind == "layer":
-            y = y + self.weight("bias", zeros, x.shape[-1:], (None,)).astype(jnp.float32)
+            y = y + self.weight("bias", "bias", zeros, x.shape[-1:], (None,)).astype(jnp.float32)
         return y.astype(x.dtype)
 
 
 class BatchNorm(_Params):
     """Batch normalisation of pretrained networks, in float32, with the stored statistics, which never change.
 
-    The statistics get no gradient. Where the layer is trained, take weight decay off "mean" and "var".
+    The statistics are never trained, whatever a rule says.
     """
 
     eps: float = 1e-3
@@ -124,8 +128,11 @@ class BatchNorm(_Params):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape, axes = x.shape[-1:], (None,)
-        scale, bias = (self.weight(name, init, shape, axes) for name, init in (("scale", ones), ("bias", zeros)))
-        mean, var = (self.weight(name, init, shape, axes) for name, init in (("mean", zeros), ("var", ones)))
+        scale = self.weight("norm", "scale", ones, shape, axes)
+        bias = self.weight("bias", "bias", zeros, shape, axes)
+        mean, var = (
+            self.weight("statistic", name, init, shape, axes) for name, init in (("mean", zeros), ("var", ones))
+        )
         mean, var = (jax.lax.stop_gradient(w.astype(jnp.float32)) for w in (mean, var))
         y = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + self.eps)
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
@@ -139,7 +146,7 @@ class Embed(_Params):
 
     def setup(self):
         init = normal(self.width**-0.5)
-        self.table = self.weight("embedding", init, (self.vocab, self.width), ("vocab", "embed"))
+        self.table = self.weight("embedding", "embedding", init, (self.vocab, self.width), ("vocab", "embed"))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32[B, S] -> [B, S, H]."""
@@ -154,12 +161,11 @@ class Embed(_Params):
 class LearnedArray(_Params):
     """A learned array of a given shape: a table of positions, queries, scales."""
 
-    shape: tuple[int, ...]
     init: Init = normal(0.02)
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.weight("value", self.init, self.shape, (None,) * len(self.shape))
+    def __call__(self, shape: tuple[int, ...]) -> jax.Array:
+        return self.weight("array", "value", self.init, tuple(shape), (None,) * len(shape))
 
 
 def pad(x: jax.Array, dimension: int, more: int, value: int = 0) -> jax.Array:

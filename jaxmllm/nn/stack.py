@@ -39,11 +39,11 @@ class _Layer(nn.Module):
 
         if REMAT[self.remat] is not None:
             run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=False)
-        x, cache = run(self.block.copy(name="block"), x, cache, *broadcast)
+        x, cache, aux = run(self.block.copy(name="block"), x, cache, *broadcast)
         taps = put(taps, slot, x)
         if self.interleave:
             x, interleave_carry = self.interleave(x, interleave_carry, number)
-        return (x, taps, interleave_carry), cache
+        return (x, taps, interleave_carry), (cache, aux)
 
 
 def put(taps: jax.Array, slot: Any, x: jax.Array) -> jax.Array:
@@ -87,7 +87,8 @@ def scan_layers(layer: nn.Module, count: int, name: str) -> nn.Module:
 class Stack(nn.Module):
     """`length` copies of `block`, scanned; parameters have a leading layer dimension.
 
-    block: called as block(x, cache, *broadcast) -> (x, cache).
+    block: called as block(x, cache, *broadcast) -> (x, cache, aux). aux: {name: float32 array}, an auxiliary loss or
+    metric of each layer (of a mixture of experts, its balance); mostly {}.
     remat: a name in REMAT. unroll: layers per turn of the loop; True, all of them, is faster for a few small layers.
     """
 
@@ -106,13 +107,13 @@ class Stack(nn.Module):
         self, x, taps, slots, cache, *broadcast, interleave: Callable | None = None, interleave_carry: Any = None
     ):
         """x [B, S, H]; taps from empty_taps; slots int32[length] from tap_slots; cache: a pytree with leading
-        dimension `length`, or None. Returns (x, taps, cache).
+        dimension `length`, or None. Returns (x, taps, cache, aux), aux with a leading dimension `length` too.
 
         interleave(x, interleave_carry, i) -> (x, interleave_carry) runs after layer i (0-based) and its tap, and is not
         rematerialised with the layer.
         """
         if not self.length:
-            return x, taps, cache
+            return x, taps, cache, {}
         scan = nn.scan(
             _Layer,
             variable_axes={"params": 0},
@@ -123,5 +124,5 @@ class Stack(nn.Module):
         )
         layers = scan(self.block, self.remat, interleave, name="layers")
         each = jnp.arange(self.length), jnp.asarray(slots), cache
-        (x, taps, _), cache = layers((x, taps, interleave_carry), each, broadcast)
-        return x, taps, cache
+        (x, taps, _), (cache, aux) = layers((x, taps, interleave_carry), each, broadcast)
+        return x, taps, cache, aux

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import sharded
-from jaxmllm.batch import Term
+from jaxmllm.batch import Term, VisualLayout
 from jaxmllm.nn.attention.plain import MASKED
 from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
-from jaxmllm.objectives.task_tokens import TaskPlaces
+from jaxmllm.objectives.base import ModelView, Needs, Objective
+from jaxmllm.objectives.task_tokens import TaskPlaces, task_places
 
 MAX_SCALE = 100.0  # of the cosine logits, as in CLIP
 
@@ -71,7 +72,7 @@ class Predictor(nn.Module):
         return Linear((self.width,), ("heads", None), ("embed",), use_bias=False, name=f"{name}_out")(y)
 
 
-class EmbedDistill(nn.Module):
+class EmbedDistill(Objective):
     """One teacher's task tokens, predictors and loss.
 
     queries: rows of the target. tokens: task tokens per image in the sequence. If `pooled` (depth, seg), the learned
@@ -85,7 +86,6 @@ class EmbedDistill(nn.Module):
 
     queries: int
     dim: int  # columns of the target
-    width: int  # H
     layers: tuple[int, ...]
     tokens: int = 8
     pooled: bool = True
@@ -104,10 +104,20 @@ class EmbedDistill(nn.Module):
         if self.pooled and self.queries % self.tokens:
             raise ValueError(f"EmbedDistill: {self.queries} queries cannot be pooled into {self.tokens} task tokens")
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.layers, self.tokens, (self.queries, self.dim))
+
+    def check(self, name: str, layout: VisualLayout) -> None:
+        """Raises ValueError if aligned queries and cells differ in number."""
+        cells = layout.tokens.grid**2
+        if self.aligned and self.queries != cells:
+            text = f"its {self.queries} queries need a cell each, and the aggregator has {cells} cells"
+            raise ValueError(f"objective {name!r} is aligned: {text}; change one, or set aligned=False")
+
     def setup(self):
-        rows = self.queries if self.pooled else self.tokens
-        self.table = LearnedArray((rows, self.width), normal(1.0))
-        self.logit_scale = LearnedArray((), nn.initializers.constant(2.0))
+        self.table = LearnedArray(normal(1.0))
+        self.logit_scale = LearnedArray(nn.initializers.constant(2.0))
         self.predictors = [self.predictor() for _ in self.layers]
 
     @nn.nowrap
@@ -116,21 +126,21 @@ class EmbedDistill(nn.Module):
         width, core = self.predictor_width or self.dim, (self.heads, self.head_dim, self.blocks, self.ff_mult)
         return Predictor(width, self.dim, *core, extra_heads=self.extra_heads, norm_out=self.norm_out)
 
-    def task_tokens(self) -> jax.Array:
-        """[tokens, H]."""
-        table = self.table()
-        return table.reshape(self.tokens, -1, self.width).mean(1) if self.pooled else table
+    def task_tokens(self, width: int) -> jax.Array:
+        """[tokens, H]; width: H."""
+        table = self.table((self.queries if self.pooled else self.tokens, width))
+        return table.reshape(self.tokens, -1, width).mean(1) if self.pooled else table
 
     def predict(self, layer: int, states: jax.Array, places: TaskPlaces) -> jax.Array:
         """The prediction [N, queries, dim] at layers[layer] from its states [B, S, H]."""
-        b, slots, _ = places.tokens.shape
+        (b, slots, _), width = places.tokens.shape, states.shape[-1]
 
         def states_at(index):  # [B, I, M] -> [B, I, M, H]; 0 where nothing stands
             taken = sharded.take_rows(states, sharded.reshape(jnp.maximum(index, 0), b, slots * index.shape[2]))
-            return sharded.reshape(taken, b, slots, index.shape[2], self.width) * (index >= 0)[..., None]
+            return sharded.reshape(taken, b, slots, index.shape[2], width) * (index >= 0)[..., None]
 
         if self.pooled:
-            queries = sharded.repeat_rows(self.table().astype(states.dtype), b, slots)
+            queries = sharded.repeat_rows(self.table((self.queries, width)).astype(states.dtype), b, slots)
         else:
             queries = fit_queries(states_at(places.tokens), self.queries)
         if self.aligned:
@@ -138,18 +148,19 @@ class EmbedDistill(nn.Module):
         y = self.predictors[layer](states, queries, places.visible)[0]
         return sharded.reshape(y, b * slots, *y.shape[2:])
 
-    def loss(self, tapped: dict[int, jax.Array], places: TaskPlaces, target: jax.Array, mask: jax.Array) -> Term:
-        """tapped: layer -> states [B, S, H]; target [B, I, queries, dim], mask bool[B, I] -> values [N]."""
-        predictions = [self.predict(i, tapped[layer], places) for i, layer in enumerate(self.layers)]
+    def __call__(self, view: ModelView) -> tuple[Term, dict[str, Term]]:
+        batch, target = view.batch, view.batch.targets[view.name]
+        places = task_places(batch, view.layout, view.first_task_token, self.tokens)
+        predictions = [self.predict(i, view.tapped[layer], places) for i, layer in enumerate(self.layers)]
         n = predictions[0].shape[0]
-        mask = sharded.reshape(mask, n)
-        return self(predictions, sharded.reshape(target, n, *target.shape[2:]), mask)
+        mask = sharded.reshape(batch.target_mask[view.name], n)
+        return self.loss(predictions, sharded.reshape(target, n, *target.shape[2:]), mask), {}
 
-    def __call__(self, predictions: list[jax.Array], target: jax.Array, mask: jax.Array) -> Term:
+    def loss(self, predictions: list[jax.Array], target: jax.Array, mask: jax.Array) -> Term:
         """predictions [N, queries, dim], one per layer; target [N, queries, dim], mask bool[N] -> sums over layers
         [N]."""
         target = jax.lax.stop_gradient(target.astype(jnp.float32))
-        scale = jnp.minimum(jnp.exp(self.logit_scale().astype(jnp.float32)), MAX_SCALE)
+        scale = jnp.minimum(jnp.exp(self.logit_scale(()).astype(jnp.float32)), MAX_SCALE)
         values = 0.0
         for p in predictions:
             values = values + smooth_l1(p, target) + self.contrastive * info_nce(p, target, scale, mask)

@@ -10,9 +10,24 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import sharded
-from jaxmllm.batch import IGNORE_LABEL, Term
+from jaxmllm.batch import IGNORE_LABEL, Batch, Term
+from jaxmllm.objectives.base import ModelView, Objective
 
 ROWS = 8  # a chunk is a multiple of this: whole tiles of TPU memory
+
+
+class NextToken(Objective):
+    """Next-token prediction on all labels of the batch; metric: accuracy. chunk: see `next_token`."""
+
+    chunk: int = 32768
+
+    def count(self, name: str, batch: Batch) -> jax.Array:
+        """The number of labels."""
+        return (batch.labels != IGNORE_LABEL).sum()
+
+    def __call__(self, view: ModelView) -> tuple[Term, dict[str, Term]]:
+        term, hit = next_token(view.states, view.output_table, view.batch.labels, self.chunk)
+        return term, {"accuracy": Term(hit.astype(jnp.float32), term.mask)}
 
 
 def next_token(hidden: jax.Array, table: jax.Array, labels: jax.Array, chunk: int) -> tuple[Term, jax.Array]:

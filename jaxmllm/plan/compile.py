@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.config import Run, Stage
+from jaxmllm.errors import ConfigError
 from jaxmllm.plan.chips import GIB, Topology
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, stage_program

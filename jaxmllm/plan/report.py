@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxmllm.config import ConfigError, Run, Stage, load, override
+from jaxmllm.config import Run, Stage
 from jaxmllm.data.build import check_rows
+from jaxmllm.errors import ConfigError
 from jaxmllm.mesh import AXES
 from jaxmllm.plan.chips import GIB, Topology
 from jaxmllm.plan.compile import Program, compile_stage, devices_of
@@ -19,6 +20,7 @@ from jaxmllm.plan.hlo import parse
 from jaxmllm.plan.price import MODELS
 from jaxmllm.plan.timeline import Timeline, component, phase, saved_bytes
 from jaxmllm.plan.traffic import Network
+from jaxmllm.recipes import load, override
 
 
 def load_or_plan(
@@ -133,8 +135,8 @@ def time_program(run: Run, stage: Stage, topology: Topology, program: Program, f
         "exposed_seconds_by_component": sum_by(waits, lambda c: component(c.path), lambda c: c.exposed),
         "predicted_step_seconds": timeline.seconds,
         "predicted_mfu": flops / (timeline.seconds * chip.flops * chip.devices_per_chip * topology.chips),
-        "tokens_per_second_per_chip": stage.rows * run.data.seq_len * per_chip,
-        "images_per_second_per_chip": stage.rows * run.data.image_slots * per_chip,
+        "tokens_per_second_per_chip": stage.rows * run.data_of(stage).seq_len * per_chip,
+        "images_per_second_per_chip": stage.rows * run.data_of(stage).image_slots * per_chip,
     }
 
 

@@ -1,10 +1,11 @@
 """Checkpoints with Orbax: training state, data position and config in one folder per step, written asynchronously.
 
     WORKDIR/config.json
-    WORKDIR/<stage>/frozen/           the frozen parameters, once per stage
+    WORKDIR/frozen/           parameters that the first stage freezes, in the dtype they came in; written once a run
     WORKDIR/<stage>/checkpoints/<step>/{state,data,config}
 
-A step folder gets its name only when it is complete. It can be restored onto any mesh and number of processes.
+A parameter that a later stage freezes is in the last checkpoint of the stage that trained it, in float32. A step folder
+gets its name only when it is complete. It can be restored onto any mesh and number of processes.
 """
 
 from __future__ import annotations
@@ -24,15 +25,26 @@ from jaxmllm.train.state import Params, TrainState
 
 
 class StageCheckpoints:
-    """The checkpoints of one stage."""
+    """The checkpoints of one stage; `previous` are those of the stage before it.
 
-    def __init__(self, workdir: str, stage: str, keep: int = 2, config: Any = None):
-        self.folder = epath.Path(workdir).absolute() / stage
-        self.config = config
+    record: JSON data to keep in each checkpoint; without it nothing can be saved.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        stage: str,
+        *,
+        previous: StageCheckpoints | None = None,
+        keep: int = 2,
+        record: dict[str, Any] | None = None,
+    ):
+        self.workdir = epath.Path(workdir).absolute()
+        self.stage, self.previous, self.record = stage, previous, record
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=config is not None, enable_async_checkpointing=True
+            max_to_keep=keep, create=record is not None, enable_async_checkpointing=True
         )
-        self.manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+        self.manager = ocp.CheckpointManager(self.workdir / stage / "checkpoints", options=options)
 
     def latest(self) -> int | None:
         """The newest complete step, None if there is none."""
@@ -47,47 +59,44 @@ class StageCheckpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(part),
             data=ocp.args.JsonSave(gather_json(data)),
-            config=ocp.args.JsonSave(self.config),
+            config=ocp.args.JsonSave(self.record),
         )
         self.manager.save(step, args=args)
 
     def save_frozen(self, frozen: Params) -> None:
-        """Writes the stage's frozen parameters unless they are already there."""
-        if frozen and not (self.folder / "frozen").exists():
+        """Writes the parameters that the first stage freezes, in place of any that an interrupted start has left."""
+        if frozen:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self.folder / "frozen", frozen)
+                checkpointer.save(self.workdir / "frozen", frozen, force=True)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest state, sharded like `abstract`, and the data position of all shards."""
         part = {"step": abstract.step, "trainable": abstract.trainable, "opt_state": abstract.opt_state}
         args = ocp.args.Composite(state=ocp.args.StandardRestore(part), data=ocp.args.JsonRestore())
         found = self.manager.restore(self.latest(), args=args)
-        return TrainState(frozen=self.restore_frozen(abstract.frozen), **found.state), found.data
-
-    def restore_frozen(self, abstract: Params) -> Params:
-        """The stage's frozen parameters."""
-        if not abstract:
-            return {}
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self.folder / "frozen", abstract)
+        return TrainState(frozen=self.restore_untrained(abstract.frozen), **found.state), found.data
 
     def restore_params(self, abstract: Params) -> Params:
-        """All parameters after the newest step, trainable and frozen, in the dtypes of `abstract`."""
-        frozen_folder = self.folder / "frozen"
-        names = set()
-        if frozen_folder.exists():
-            with ocp.StandardCheckpointer() as checkpointer:
-                names = set(checkpointer.metadata(frozen_folder).item_metadata.tree)
-        frozen = self.restore_frozen({k: v for k, v in abstract.items() if k in names})
-        trainable = {k: v for k, v in abstract.items() if k not in names}
-        args = ocp.args.PyTreeRestore(
-            {"trainable": trainable},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"trainable": trainable}),
-            partial_restore=True,
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(self.manager.directory / str(self.latest()) / "state", args=args)
-        return frozen | found["trainable"]
+        """All parameters after the newest step, in the dtypes of `abstract`."""
+        folder = self.manager.directory / str(self.latest()) / "state"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            trained = set(checkpointer.metadata(folder).item_metadata.tree["trainable"])
+            own = {"trainable": {path: x for path, x in abstract.items() if path in trained}}
+            restore_args = ocp.checkpoint_utils.construct_restore_args(own)
+            found = checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(own, restore_args=restore_args, partial_restore=True)
+            )
+        rest = {path: x for path, x in abstract.items() if path not in trained}
+        return found["trainable"] | self.restore_untrained(rest)
+
+    def restore_untrained(self, abstract: Params) -> Params:
+        """Parameters that this stage does not train: as the previous stages left them, or as they came."""
+        if not abstract:
+            return {}
+        if self.previous:
+            return self.previous.restore_params(abstract)
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self.workdir / "frozen", abstract)
 
     def wait(self) -> None:
         """Returns when all writes are complete."""
@@ -122,3 +131,14 @@ def abstract_on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+def open_checkpoints(
+    workdir: str, stages: Sequence[str], keep: int = 2, record: dict[str, Any] | None = None
+) -> list[StageCheckpoints]:
+    """The checkpoints of all stages, each with those before it. Arguments as in StageCheckpoints."""
+    found: list[StageCheckpoints] = []
+    for stage in stages:
+        previous = found[-1] if found else None
+        found.append(StageCheckpoints(workdir, stage, previous=previous, keep=keep, record=record))
+    return found

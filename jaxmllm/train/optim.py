@@ -1,27 +1,43 @@
-"""AdamW over the trainable parameters, with the rates and decay of the config's rules."""
+"""An optimizer of the config, with the rates and decay of the config's rules, as one optax transformation."""
 
 from __future__ import annotations
 
 import optax
 
-from jaxmllm.config import Optim, Rule
+from jaxmllm.config import Rule
+from jaxmllm.nn.param_info import ParamInfo
+
+NOT_DECAYED = ("norm", "bias")  # kinds of parameters that weight decay leaves out, unless a rule says otherwise
 
 
-def schedule(optim: Optim, steps: int) -> optax.Schedule:
-    """Linear warm-up, then cosine decay to `final` times the peak."""
-    warmup = max(1, round(optim.warmup * steps))
-    return optax.warmup_cosine_decay_schedule(0.0, optim.lr, warmup, max(steps, warmup + 1), optim.lr * optim.final)
+def rate(optimizer, steps: int) -> optax.Schedule:
+    """The learning rate by update, counted from 0."""
+    factor = optimizer.schedule(steps)
+    return lambda count: optimizer.lr * factor(count)
 
 
-def optimizer(optim: Optim, steps: int, table: dict[str, Rule]) -> optax.GradientTransformation:
-    """Clip by global norm -> Adam -> decay -> factor of the rule -> schedule. Its state mirrors the flat parameters."""
-    factors = {path: rule.lr for path, rule in table.items() if rule.lr is not None}
-    decay = {path: table[path].decay for path in factors}
-    scale = optax.stateless(lambda updates, _: {k: u * factors[k] for k, u in updates.items()})
+def transformation(
+    optimizer, steps: int, table: dict[str, Rule], infos: dict[str, ParamInfo]
+) -> optax.GradientTransformation:
+    """Clip by global norm -> direction -> decay -> factor of the rule -> schedule, for the trained parameters.
+
+    table, infos: path -> rule, what the parameter is. The state mirrors the flat dict of trained parameters.
+    """
+    trained = {path: info for path, info in infos.items() if is_trained(table[path], info)}
+    decay = {
+        path: info.kind not in NOT_DECAYED if table[path].decay is None else table[path].decay
+        for path, info in trained.items()
+    }
+    scale = optax.stateless(lambda updates, _: {k: u * table[k].lr for k, u in updates.items()})
     return optax.chain(
-        optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
-        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, decay) if optim.weight_decay else optax.identity(),
+        optax.clip_by_global_norm(optimizer.clip) if optimizer.clip else optax.identity(),
+        optimizer.direction(trained),
+        optax.add_decayed_weights(optimizer.weight_decay, decay) if optimizer.weight_decay else optax.identity(),
         scale,
-        optax.scale_by_learning_rate(schedule(optim, steps)),
+        optax.scale_by_learning_rate(rate(optimizer, steps)),
     )
+
+
+def is_trained(rule: Rule, info: ParamInfo) -> bool:
+    """Whether a parameter is trained: its rule does not freeze it, and it is no statistic."""
+    return rule.lr is not None and info.kind != "statistic"

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
-from jaxmllm.config import ConfigError, Run, Stage, check_resumable, to_document
+from jaxmllm.config import Run, Stage
+from jaxmllm.errors import ConfigError
+from jaxmllm.nn.param_info import ParamInfo, describing
+from jaxmllm.recipes import check_resumable, to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
 from jaxmllm.train.compiler import options
-from jaxmllm.train.optim import optimizer
+from jaxmllm.train.optim import is_trained, transformation
 from jaxmllm.train.state import Params, TrainState, flatten, match_rules, split
 from jaxmllm.train.step import make_step
 
@@ -40,12 +43,24 @@ def initial_params(config: Run) -> Params:
     rows = meshes.data_shards(jax.sharding.get_abstract_mesh())
     batch = empty_batch(model.layout, rows, data.seq_len, data.image_slots, model.target_shapes)
     batch = jax.tree.map(lambda x: sharded.shard(jnp.asarray(x), "batch"), batch)
-    return flatten(model.init(jax.random.key(config.seed), batch, ("next_token", *model.distill))["params"])
+    return flatten(model.init(jax.random.key(config.seed), batch, tuple(model.objectives))["params"])
+
+
+def abstract_params(config: Run, mesh: jax.sharding.Mesh) -> tuple[Params, dict[str, ParamInfo]]:
+    """-> (shapes and shardings of the parameters, what each of them is); call with the mesh set.
+
+    Raises ConfigError for a parameter that a layer of nn/primitives.py did not make.
+    """
+    with describing() as described:
+        abstract = abstract_on(mesh, jax.eval_shape(lambda: initial_params(config)))
+    if unknown := sorted(abstract.keys() - described.keys()):
+        raise ConfigError(f"parameter {unknown[0]} has no kind; make it with a layer of jaxmllm.nn.primitives")
+    return abstract, {path: described[path].stacked(x.ndim) for path, x in abstract.items()}
 
 
 def abstract_batch(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> Batch:
     """Shapes and shardings of the stage's global batch."""
-    data, model = config.data, config.model
+    data, model = config.data_of(stage), config.model
     row = empty_batch(model.layout, 1, data.seq_len, data.image_slots, model.target_shapes)
     sharding = host_batches.batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((stage.rows, *x.shape[1:]), x.dtype, sharding=sharding), row)
@@ -58,42 +73,78 @@ def stage_program(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[P
     cover the parameters, ValueError if rows do not divide over the mesh.
     """
     dtype = jnp.dtype(config.compute_dtype)
-    if stage.rows % stage.accumulate:
-        raise ConfigError(f"stages.{stage.name}: rows {stage.rows} do not divide by accumulate {stage.accumulate}")
-    micro = stage.rows // stage.accumulate, config.data.seq_len
-    meshes.check_split(f"stages.{stage.name}: tokens of a micro-batch", micro, ("batch", "length"))
-    abstract = abstract_on(mesh, jax.eval_shape(lambda: initial_params(config)))
-    table = match_rules(stage.rules, list(abstract))
-    tx = optimizer(stage.optim, stage.steps, table)
+    check_micro_batch(config, stage)
+    abstract, infos = abstract_params(config, mesh)
+    tx = transformation(stage.optim, stage.steps, match_rules(stage.rules, list(abstract)), infos)
+    trained = trained_paths(stage, infos)
 
     def new_train_state(params: Params) -> TrainState:
-        trainable, frozen = split(params, table, dtype)
+        trainable, frozen = split(params, trained, dtype)
         return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
 
     step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate)
     return abstract, new_train_state, jax.jit(step, donate_argnums=0, compiler_options=options(mesh))
 
 
+def check_stages(config: Run, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError or ValueError for what is wrong with any stage, before anything is written.
+
+    Random weights may be frozen only if `init` says so: a part without a source must be trained before it is frozen.
+    """
+    abstract, infos = abstract_params(config, mesh)
+    sources = config.init.sources()
+    random = {part_of(config, path) for path in abstract} - set(sources)
+    for stage in config.stages:
+        check_micro_batch(config, stage)
+        random -= {part_of(config, path) for path in trained_paths(stage, infos)}
+        for part in sorted(random if "rest" not in sources else ()):
+            raise ConfigError(
+                f"stage {stage.name} freezes {part} with random weights; say where its weights come from, "
+                f"--set init.{part}=FOLDER, or that they are meant, init.{part}=random"
+            )
+
+
+def check_micro_batch(config: Run, stage: Stage) -> None:
+    """Raises ValueError if the tokens of a micro-batch do not divide over the mesh that is set."""
+    micro = stage.rows // stage.accumulate, config.data_of(stage).seq_len
+    meshes.check_split(f"stages.{stage.name}: tokens of a micro-batch", micro, ("batch", "length"))
+
+
+def trained_paths(stage: Stage, infos: dict[str, ParamInfo]) -> set[str]:
+    """The parameters that a stage trains. Raises ConfigError if its rules do not cover all parameters."""
+    table = match_rules(stage.rules, list(infos))
+    return {path for path, info in infos.items() if is_trained(table[path], info)}
+
+
+def part_of(config: Run, path: str) -> str:
+    """The part of `init` that a parameter belongs to, e.g. "encoders.clip"; "rest" if to none."""
+    for part in config.parts():
+        prefix = part.replace(".", "_", 1) + "/"
+        if path.startswith(prefix) and not path.startswith("llm/visual/"):
+            return part
+    return "rest"
+
+
 def start_stage(
-    config: Run,
-    stage: Stage,
-    mesh: jax.sharding.Mesh,
-    checkpoints: StageCheckpoints,
-    previous: StageCheckpoints | None,
+    config: Run, stage: Stage, mesh: jax.sharding.Mesh, checkpoints: StageCheckpoints
 ) -> tuple[TrainState, Any, Callable]:
     """-> (state, data position or None, jitted step).
 
     The state comes from the stage's newest checkpoint, else it starts from the parameters of the previous stage, else
-    from new ones. Raises ConfigError if the stage's rules do not cover the parameters.
+    from the sources of `init`. Raises ConfigError if the stage's rules do not cover the parameters.
     """
     abstract, new_train_state, step = stage_program(config, stage, mesh)
+    state = abstract_on(mesh, jax.eval_shape(new_train_state, abstract))
     if checkpoints.latest() is not None:
-        state, position = checkpoints.restore(abstract_on(mesh, jax.eval_shape(new_train_state, abstract)))
+        return *checkpoints.restore(state), step
+    if checkpoints.previous:
+        params = checkpoints.previous.restore_params(abstract)
     else:
-        position = None
-        if previous:
-            state = jax.jit(new_train_state, donate_argnums=0)(previous.restore_params(abstract))
-        else:
-            state = jax.jit(lambda: new_train_state(initial_params(config)))()
-        checkpoints.save_frozen(state.frozen)
-    return state, position, step
+        params = first_params(config, abstract)
+        checkpoints.save_frozen({path: params[path] for path in state.frozen})
+    return jax.jit(new_train_state, donate_argnums=0)(params), None, step
+
+
+def first_params(config: Run, abstract: Params) -> Params:
+    """The parameters before the first stage: from the sources of `init`, else at random."""
+    return jax.jit(lambda: initial_params(config))()

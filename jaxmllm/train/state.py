@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 
-from jaxmllm.config import ConfigError, Rule
+from jaxmllm.config import Rule
+from jaxmllm.errors import ConfigError
 
 Params = dict[str, jax.Array]
 
@@ -56,8 +57,8 @@ def match_rules(rules: tuple[Rule, ...], paths: list[str]) -> dict[str, Rule]:
     return table
 
 
-def split(params: Params, table: dict[str, Rule], dtype: jnp.dtype) -> tuple[Params, Params]:
-    """-> (trainable float32, frozen in the compute dtype)."""
-    trainable = {k: v.astype(jnp.float32) for k, v in params.items() if table[k].lr is not None}
-    frozen = {k: v.astype(dtype) for k, v in params.items() if table[k].lr is None}
+def split(params: Params, trained: set[str], dtype: jnp.dtype) -> tuple[Params, Params]:
+    """-> (the trained parameters in float32, the frozen ones in the compute dtype)."""
+    trainable = {k: v.astype(jnp.float32) for k, v in params.items() if k in trained}
+    frozen = {k: v.astype(dtype) for k, v in params.items() if k not in trained}
     return trainable, frozen

@@ -21,29 +21,32 @@ def make_step(model, losses: dict[str, float], tx: optax.GradientTransformation,
     """
     names = tuple(losses)
 
+    def total(term):
+        return jnp.where(term.mask, term.values, 0).sum()
+
     def objective(trainable, frozen, batch: Batch, counts):
         params = unflatten({k: v.astype(dtype) for k, v in trainable.items()} | frozen)
         terms, extra = model.apply({"params": params}, batch, names)
-        means = {k: jnp.where(t.mask, t.values, 0).sum() / counts[k] for k, t in terms.items()}
-        extra = {k: jnp.where(t.mask, t.values, 0).sum() / counts["next_token"] for k, t in extra.items()}
-        return sum(losses[k] * v for k, v in means.items()), {**means, **extra}
+        means = {k: total(t) / counts.get(k, t.values.size * accumulate) for k, t in terms.items()}
+        metrics = {k: total(t) / counts[name] for name, own in extra.items() for k, t in own.items()}
+        return sum(losses[k] * means[k] for k in names), {**means, **metrics}
 
     def step(state: TrainState, batch: Batch):
-        counts = {k: jnp.maximum(n, 1).astype(jnp.float32) for k, n in model.counts(batch).items()}
+        counts = {k: jnp.maximum(n, 1).astype(jnp.float32) for k, n in model.counts(batch, names).items()}
         gradient = jax.value_and_grad(objective, has_aux=True)
 
-        def add(total, micro):
-            (loss, extra), grads = gradient(state.trainable, state.frozen, micro, counts)
-            return jax.tree.map(jnp.add, total, (grads, {"loss": loss, **extra})), None
+        def gradients(micro):
+            (loss, metrics), grads = gradient(state.trainable, state.frozen, micro, counts)
+            return grads, {"loss": loss, **metrics}
 
-        zero = jnp.zeros(())
-        metrics = {k: zero for k in ("loss", *names, *(["accuracy"] if "next_token" in names else []))}
-        total = (jax.tree.map(jnp.zeros_like, state.trainable), metrics)
         if accumulate == 1:
-            (grads, metrics), _ = add(total, batch)
+            grads, metrics = gradients(batch)
         else:
             parts = jax.tree.map(lambda x: sharded.split_rows(x, accumulate), batch)
-            (grads, metrics), _ = jax.lax.scan(add, total, parts)
+            _, shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+            zero = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(shapes, jnp.zeros(()))
+            add = lambda sums, micro: (jax.tree.map(jnp.add, sums, gradients(micro)), None)
+            (grads, metrics), _ = jax.lax.scan(add, zero, parts)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)

@@ -14,7 +14,7 @@ from jaxmllm.aggregators.qformer import QFormer
 from jaxmllm.aggregators.sva import SVA
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.mllm import MLLM
-from jaxmllm.objectives.embed_distill import Predictor
+from jaxmllm.objectives.embed_distill import EmbedDistill, Predictor
 from jaxmllm.weights.convert import FLAT, FLAT_GRID, LEADING_ONE, Entry, KeyMap, copy, dense, ignore, join, linear, norm
 
 # Language models
@@ -192,12 +192,13 @@ def visper_head(predictor: Predictor) -> KeyMap:
 
 
 def visper(model: MLLM) -> KeyMap:
-    """OlaLlavaLlamaForCausalLM without its encoder and teachers; model.distill names its tasks: depth, seg, gen."""
+    """OlaLlavaLlamaForCausalLM without its encoder and teachers; its tasks (depth, seg, gen) name the objectives."""
     keys = llava(model)
-    for task, teacher in model.distill.items():
-        keys += copy(f"model.special_{task}_tokens", f"distill_{task}/table/value")
-        keys += copy(f"{task}_logit_scale", f"distill_{task}/logit_scale/value")
+    teachers = {name: each for name, each in model.objectives.items() if isinstance(each, EmbedDistill)}
+    for task, teacher in teachers.items():
+        keys += copy(f"model.special_{task}_tokens", f"objectives_{task}/table/value")
+        keys += copy(f"{task}_logit_scale", f"objectives_{task}/logit_scale/value")
         head = visper_head(teacher.predictor())
         for i in range(len(teacher.layers)):
-            keys += head.under(f"image_{task}_heads.{i}.", f"distill_{task}/predictors_{i}/")
+            keys += head.under(f"image_{task}_heads.{i}.", f"objectives_{task}/predictors_{i}/")
     return keys

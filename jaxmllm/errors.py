@@ -1,0 +1,27 @@
+"""What is wrong with a request, in one line. Light to import: the command line needs it before JAX."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """What the user asked for is wrong; the message is one line that says what is wrong and how to mend it."""
+
+
+def suggest(name: str, known: Iterable[Any]) -> str:
+    """ "; did you mean ..?" with the nearest known name, or the list of them."""
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def check_local(what: str, path: str | None) -> None:
+    """Raises ConfigError for a URL such as gs://bucket/folder: files are read and written on this machine."""
+    scheme, separator, _ = str(path).partition("://")
+    if separator:
+        raise ConfigError(f"{what} {path}: {scheme}:// is not supported; mount the bucket (gcsfuse) or copy the files")

@@ -1,0 +1,246 @@
+"""Recipes: read from a Python file or a workdir, changed by dotted overrides, stored as JSON."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import json
+import runpy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from jaxmllm.config import Run
+from jaxmllm.errors import ConfigError, suggest
+
+# The format of config.json, and the version of jaxmllm that reads each. It changes when older workdirs cannot be read.
+FORMAT = 2
+READ_BY = {1: "0.1", 2: "0.2"}
+
+# Fields that may change when a run resumes.
+RESUMABLE = ("mesh", "log_every", "save_every", "keep", "data.max_bad")
+
+
+def load(target: str) -> Run:
+    """FILE.py[:function], or a workdir or its config.json, whose recipe a new run then takes -> Run. Raises
+    ConfigError."""
+    path, _, name = target.partition(":")
+    if Path(path).is_dir() or path.endswith(".json"):
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        return read_run(str(folder))
+    functions = {k: v for k, v in namespace(path).items() if callable(v) and is_own(v)}
+    name = name or "config"
+    if name not in functions:
+        raise ConfigError(f"{path} has no variant {name!r}{suggest(name, functions)}")
+    return functions[name]()
+
+
+def namespace(path: str) -> dict[str, Any]:
+    """What a config file defines. Raises ConfigError if there is no such file."""
+    if not Path(path).is_file():
+        raise ConfigError(f"no config file {path!r}{suggest(path, [str(p) for p in Path('configs').glob('*.py')])}")
+    return runpy.run_path(path)
+
+
+def is_own(value: Any) -> bool:
+    """Whether a function or class is defined in the config file itself."""
+    return getattr(value, "__module__", "") == "<run_path>" and not isinstance(value, type)
+
+
+def field_names(node: Any) -> list[str]:
+    """Names of the fields of a dataclass or Flax module that can be set."""
+    return [
+        f.name
+        for f in dataclasses.fields(node)
+        if f.init and f.name not in ("parent", "name" * isinstance(node, nn.Module))
+    ]
+
+
+# Overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """The value of one override, and its text for messages."""
+
+    value: Any
+    text: str
+
+
+def override(root: Any, assignments: list[str]) -> Any:
+    """Applies dotted assignments, e.g. ["stages.align.steps=10", "model.llm.layers=2"]: all of them, then checks.
+
+    Raises ConfigError.
+    """
+    tree: dict[str, Any] = {}
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: write it as name=value")
+        *parents, last = path.split(".")
+        branch = tree
+        for key in parents:
+            branch = branch.setdefault(key, {})
+            if isinstance(branch, Assignment):
+                raise ConfigError(f"--set {text}: {branch.text} sets the whole already")
+        if isinstance(branch.get(last), dict):
+            raise ConfigError(f"--set {text}: it sets the whole of {_texts(branch[last])[0]}")
+        branch[last] = Assignment(parse(value), text)
+    return _apply(root, tree) if tree else root
+
+
+def parse(text: str) -> Any:
+    """A Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _texts(tree: dict[str, Any] | Assignment) -> list[str]:
+    return [tree.text] if isinstance(tree, Assignment) else [t for branch in tree.values() for t in _texts(branch)]
+
+
+def _apply(node: Any, tree: dict[str, Any] | Assignment, is_open: bool = False) -> Any:
+    if isinstance(tree, Assignment):
+        return _checked(node, tree)
+    said = " ".join(_texts(tree))
+    if isinstance(node, Mapping):
+        known, opened = dict(node), {}
+    elif isinstance(node, tuple):
+        known, opened = {str(i): item for i, item in enumerate(node)}, {}
+        numbers = {str(getattr(item, "name", i)): str(i) for i, item in enumerate(node)}
+        tree = {numbers.get(key, key): branch for key, branch in tree.items()}
+    elif dataclasses.is_dataclass(node):
+        known = {name: getattr(node, name) for name in field_names(node)}
+        opened = {field.name: bool(field.metadata.get("open")) for field in dataclasses.fields(node)}
+    else:
+        raise ConfigError(f"--set {said}: {type(node).__name__} has no fields, so no {next(iter(tree))!r}")
+    for key in tree:
+        if key not in known and not is_open:
+            names = numbers if isinstance(node, tuple) else known
+            wrong, kind = " ".join(_texts(tree[key])), type(node).__name__
+            raise ConfigError(f"--set {wrong}: {kind} has no {key!r}{suggest(key, names)}")
+    changes = {key: _apply(known.get(key), branch, opened.get(key, False)) for key, branch in tree.items()}
+    if isinstance(node, Mapping):
+        return {**known, **changes}
+    if isinstance(node, tuple):
+        return tuple(changes.get(str(i), item) for i, item in enumerate(node))
+    try:
+        return node.clone(**changes) if isinstance(node, nn.Module) else dataclasses.replace(node, **changes)
+    except ValueError as error:
+        raise ConfigError(f"--set {said}: {error}") from error
+
+
+def _checked(old: Any, assignment: Assignment) -> Any:
+    new = assignment.value
+    if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+        new = float(new)
+    if isinstance(old, tuple) and isinstance(new, list):
+        new = tuple(new)
+    if old is not None and new is not None and type(old) is not type(new):
+        raise ConfigError(f"--set {assignment.text}: expected {type(old).__name__}, as in {old!r}, not {new!r}")
+    return new
+
+
+# JSON
+
+
+def to_document(run: Run) -> dict[str, Any]:
+    """Run -> what config.json holds: the config as JSON data, and the number of its format."""
+    return {"format": FORMAT, **to_json(run)}
+
+
+def from_document(document: Any, path: str, trusted: Mapping[str, Any] | None = None) -> Run:
+    """The inverse of `to_document`. Raises ConfigError, naming `path`, for another format. trusted: see `from_json`."""
+    check_format(document, path)
+    return from_json({key: value for key, value in document.items() if key != "format"}, trusted)
+
+
+def check_format(document: Any, path: str) -> None:
+    """Raises ConfigError, naming `path` and the version that reads it, unless the document has today's format."""
+    found = document.get("format", 1) if isinstance(document, dict) else None
+    if found == FORMAT:
+        return
+    reader = f"jaxmllm {READ_BY[found]} reads it" if found in READ_BY else "a newer jaxmllm may read it"
+    raise ConfigError(f"{path} has format {found}, and this version reads format {FORMAT}; {reader}")
+
+
+def read_run(workdir: str, config: str | None = None) -> Run:
+    """The recipe that a workdir was made with.
+
+    config: FILE.py[:variant] of a recipe with parts that are not jaxmllm's. The file is run, and the workdir may then
+    name its classes, and those of packages that it imports; without it they are refused. Raises ConfigError.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{workdir} holds no run (no config.json); train one with `jaxmllm train CONFIG --workdir {workdir}`"
+        )
+    trusted = namespace(config.partition(":")[0]) if config else None
+    return from_document(json.loads(path.read_text()), str(path), trusted)
+
+
+def to_json(node: Any) -> Any:
+    """Config -> plain JSON data. Objects carry the name of their class, so that `from_json` can build them again."""
+    if dataclasses.is_dataclass(node):
+        kind = f"{type(node).__module__}:{type(node).__qualname__}"
+        return {"class": kind} | {name: to_json(getattr(node, name)) for name in field_names(node)}
+    if isinstance(node, Mapping):
+        return {"dict": {k: to_json(v) for k, v in node.items()}}
+    return [to_json(v) for v in node] if isinstance(node, (tuple, list)) else node
+
+
+def from_json(data: Any, trusted: Mapping[str, Any] | None = None) -> Any:
+    """The inverse of `to_json`. Builds classes of this package only, unless the names of a config file are trusted."""
+    if isinstance(data, list):
+        return tuple(from_json(v, trusted) for v in data)
+    if not isinstance(data, dict):
+        return data
+    if "dict" in data:
+        return {k: from_json(v, trusted) for k, v in data["dict"].items()}
+    fields = {k: from_json(v, trusted) for k, v in data.items() if k != "class"}
+    return find_class(data["class"], trusted)(**fields)
+
+
+def find_class(kind: str, trusted: Mapping[str, Any] | None) -> type:
+    """ "module:Class" -> the class. Raises ConfigError unless it is a dataclass, of this package or trusted."""
+    module, _, name = kind.partition(":")
+    is_ours, scope = module.startswith("jaxmllm."), {}
+    if is_ours:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
+    # Modules that the config file has imported are loaded already; no other is imported by its name in a JSON file.
+    if is_ours or trusted is not None:
+        scope = trusted if module == "<run_path>" else getattr(sys.modules.get(module), "__dict__", {})
+    found = scope.get(name)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"the config names {kind}, which is not a class of jaxmllm; add --config with its FILE.py")
+    return found
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted paths where two `to_json` results differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in {**old, **new}]
+        parts = (differences(old.get(k), new.get(k), path if k == "dict" else f"{path}.{k}".lstrip(".")) for k in keys)
+        return [line for part in parts for line in part]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i, (a, b) in enumerate(zip(old, new)) for line in differences(a, b, f"{path}.{i}")]
+    return [] if old == new else [f"{path}: {json.dumps(old)[:60]} there, {json.dumps(new)[:60]} now"]
+
+
+def check_resumable(saved: Any, run: Run, workdir: str) -> None:
+    """Raises ConfigError if the workdir has another format or another config; fields in RESUMABLE may differ."""
+    check_format(saved, f"{workdir}/config.json")
+    lines = [d for d in differences(saved, to_document(run)) if not d.startswith(RESUMABLE)]
+    if lines:
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise ConfigError(
+            f"{workdir} belongs to another config: {lines[0]}{more}; use another --workdir or the old setting"
+        )
