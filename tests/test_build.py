@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxmllm import recipes
+from jaxmllm import bench, recipes
 from jaxmllm.data import build
 from jaxmllm.data.build import check_division, resolve, resolve_shards, resolve_steps
 from jaxmllm.data.sizes import steps_of_epochs
@@ -188,3 +188,10 @@ def test_plan_checks_the_processes_of_a_slice_before_it_compiles(run, monkeypatc
     stages = tuple(dataclasses.replace(stage, data={"shards": None}) for stage in stages)
     with pytest.raises(AssertionError, match="it compiles"):
         report.plan(dataclasses.replace(run, stages=stages), topology("v5p:4x4x4"), say=str)
+
+
+def test_plan_and_bench_need_no_data_for_epochs(run):
+    """Nothing is measured: the program of a step is that of any number of steps."""
+    stage = with_epochs(run, 1, 2.0).stages[1]
+    assert report.fixed_steps(stage).steps == 1 and report.fixed_steps(run.stages[1]) is run.stages[1]
+    assert bench.choose_stage(with_epochs(run, 1, 2.0)).steps == 1
