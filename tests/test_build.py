@@ -29,9 +29,15 @@ def test_default_number_of_shards(rows, expected):
 @pytest.mark.parametrize(
     "numbers, says",
     [
-        ((12, 8, 1), "12 rows in 8 virtual shards: the virtual shards must divide the rows; set data.shards=12"),
-        ((12, 4, 3), "the 3 processes that read rows must divide the virtual shards; set data.shards=12"),
-        ((512, 8, 16), "the 16 processes that read rows must divide the virtual shards; set data.shards=256"),
+        (
+            (12, 8, 1),
+            "12 rows in 8 virtual shards: the virtual shards must divide the rows; set stages.align.data.shards=12",
+        ),
+        ((12, 4, 3), "the 3 processes that read rows must divide the virtual shards; set stages.align.data.shards=12"),
+        (
+            (512, 8, 16),
+            "the 16 processes that read rows must divide the virtual shards; set stages.align.data.shards=256",
+        ),
         ((12, 4, 8), "the 8 processes .*; set stages.align.rows=16"),
         ((12, 4, 1, 8), "8 data shards x accumulate=1 must divide the rows; set stages.align.rows=16"),
         ((24, 8, 8, 8, 2), "8 data shards x accumulate=2 must divide the rows; set stages.align.rows=32"),
@@ -82,11 +88,17 @@ def test_resolving_fills_in_numbers_and_keeps_them(run, tmp_path, capsys, monkey
     assert len(said) == 1 and f"stage align: 2 epochs are {align.steps} steps" in said[0]
     assert resolve(found) == found == recipes.from_document(recipes.to_document(found), "config.json")
 
-    monkeypatch.setattr(build, "resolve_steps", lambda *_: 12345)  # the data has changed
-    assert resolve(run, steps_from=str(tmp_path)).stages[0].steps == 12345  # nothing is saved there
+    monkeypatch.setattr(build, "steps_of_epochs", lambda *_: 12345)  # the data has changed
+    workdir = str(tmp_path)
+    assert resolve(run, workdir).stages[0].steps == 12345  # nothing is saved there
     (tmp_path / "config.json").write_text(json.dumps(recipes.to_document(found)))
-    assert resolve(run, steps_from=str(tmp_path)) == found
-    assert resolve(run).stages[0].steps == 12345
+    says = (
+        f"12345 steps, but the workdir's config.json has {align.steps}: .*--accept-changed-data keeps the {align.steps}"
+    )
+    with pytest.raises(ConfigError, match=says):
+        resolve(run, workdir)
+    assert resolve(run, workdir, accept_changed=True) == found
+    assert f"stage align keeps its {align.steps} steps" in capsys.readouterr().err
 
 
 def test_check_data_covers_every_stage(run, tmp_path):
@@ -183,7 +195,7 @@ def test_plan_checks_the_processes_of_a_slice_before_it_compiles(run, monkeypatc
     monkeypatch.setattr(report, "devices_of", lambda topology: devices)
     monkeypatch.setattr(report, "plan_stage", compiled)
     stages = tuple(dataclasses.replace(stage, rows=128, data={"shards": 8}) for stage in run.stages)
-    with pytest.raises(ConfigError, match="stages.align: .*the 16 processes .*; set data.shards=128"):
+    with pytest.raises(ConfigError, match="stages.align: .*the 16 processes .*; set stages.align.data.shards=128"):
         report.plan(dataclasses.replace(run, stages=stages), topology("v5p:4x4x4"), say=str)
     stages = tuple(dataclasses.replace(stage, data={"shards": None}) for stage in stages)
     with pytest.raises(AssertionError, match="it compiles"):

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     processes.join_processes(args.distributed)
     check_data(config)
-    config = resolve(config, steps_from=workdir if args.accept_changed_data else None)
+    config = resolve(config, workdir, args.accept_changed_data)
     try:
         loop.run(config, workdir, lambda stage: make_loader(config, stage, workdir, args.accept_changed_data))
     except stop.Stopped as stopped:

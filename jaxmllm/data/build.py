@@ -85,7 +85,7 @@ def check_division(
         multiple = math.lcm(parts, processes)
         mend = f"stages.{stage}.rows={-(-rows // multiple) * multiple}"
     else:
-        mend = f"data.shards={fitting[-1]}"
+        mend = f"stages.{stage}.data.shards={fitting[-1]}"
     raise ConfigError(f"stages.{stage}: {rows} rows in {shards} virtual shards: {rule}; set {mend}")
 
 
@@ -106,27 +106,38 @@ def check_data(run: Run) -> None:
         check_rows(run, stage, devices)
 
 
-def resolve(run: Run, steps_from: str | None = None) -> Run:
+def resolve(run: Run, workdir: str | None = None, accept_changed: bool = False) -> Run:
     """The run with the virtual shards and steps of all stages filled in as numbers, as config.json keeps them.
 
-    The steps of a stage with epochs are measured, which gives the same number for the same data. steps_from: a workdir
-    whose data has changed; they are then those of its config.json. Raises ValueError if the data cannot be read.
+    The steps of a stage with epochs are measured, which gives the same number for the same data. accept_changed: the
+    data may have changed, and stages keep the steps that WORKDIR/config.json has. Raises ValueError if the data cannot
+    be read, ConfigError if the steps differ from those in the workdir.
     """
-    stages, kept = [], saved_steps(steps_from) if steps_from else {}
+    stages, saved = [], saved_steps(workdir) if workdir else {}
     for stage in run.stages:
         data = run.data_of(stage)
         filled = {"shards": resolve_shards(data, stage.rows)} if data.shards is None else {}
-        steps = stage.steps or kept.get(stage.name) or resolve_steps(run, stage)
+        steps = stage.steps or resolve_steps(run, stage, saved.get(stage.name), accept_changed)
         stages.append(dataclasses.replace(stage, data={**stage.data, **filled}, steps=steps, epochs=None))
     return dataclasses.replace(run, stages=tuple(stages))
 
 
-def resolve_steps(run: Run, stage: Stage) -> int:
-    """The steps of a stage that is given in epochs (sizes.steps_of_epochs says what an epoch is); prints them."""
-    sources, spec = weighted_sources(stage), sample_spec(run, stage)
-    steps = steps_of_epochs(stage.epochs, stage.rows, sources, spec, run.data_of(stage).packing)
+def resolve_steps(run: Run, stage: Stage, saved: int | None = None, keep: bool = False) -> int:
+    """The steps of a stage that is given in epochs (sizes.steps_of_epochs says what an epoch is); prints them.
+
+    saved: the steps in the run's workdir. They are taken if `keep`; otherwise ConfigError is raised if they differ.
+    """
+    if saved and keep:
+        text, steps = f"stage {stage.name} keeps its {saved} steps", saved
+    else:
+        sources, spec = weighted_sources(stage), sample_spec(run, stage)
+        steps = steps_of_epochs(stage.epochs, stage.rows, sources, spec, run.data_of(stage).packing)
+        text = f"stage {stage.name}: {stage.epochs:g} epochs are {steps} steps"
+    if saved and steps != saved:
+        mend = f"if the data has changed, --accept-changed-data keeps the {saved}; otherwise use another --workdir"
+        raise ConfigError(f"{text}, but the workdir's config.json has {saved}: {mend}")
     if jax.process_index() == 0:
-        say(f"stage {stage.name}: {stage.epochs:g} epochs are {steps} steps")
+        say(text)
     return steps
 
 
