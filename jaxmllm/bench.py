@@ -24,6 +24,7 @@ from jaxmllm.errors import ConfigError
 from jaxmllm.plan.chips import CHIPS
 from jaxmllm.plan.compile import peak_bytes
 from jaxmllm.plan.flops import model_flops
+from jaxmllm.plan.report import fixed_steps
 from jaxmllm.train.setup import initial_params, stage_program
 
 WARM_UP = 2  # steps that are not counted
@@ -40,7 +41,7 @@ def choose_stage(run: Run, name: str | None = None) -> Stage:
     stages = {stage.name: stage for stage in run.stages}
     if name and name not in stages:
         raise ConfigError(f"--stage {name}: {run.name} has the stages {', '.join(stages)}")
-    return stages[name or run.stages[-1].name]
+    return fixed_steps(stages[name or run.stages[-1].name])
 
 
 def synthetic(run: Run, stage: Stage, rows: int) -> Batch:

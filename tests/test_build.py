@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxmllm import recipes
+from jaxmllm import bench, recipes
 from jaxmllm.data import build
 from jaxmllm.data.build import check_division, resolve, resolve_shards, resolve_steps
 from jaxmllm.data.sizes import steps_of_epochs
@@ -29,9 +29,15 @@ def test_default_number_of_shards(rows, expected):
 @pytest.mark.parametrize(
     "numbers, says",
     [
-        ((12, 8, 1), "12 rows in 8 virtual shards: the virtual shards must divide the rows; set data.shards=12"),
-        ((12, 4, 3), "the 3 processes that read rows must divide the virtual shards; set data.shards=12"),
-        ((512, 8, 16), "the 16 processes that read rows must divide the virtual shards; set data.shards=256"),
+        (
+            (12, 8, 1),
+            "12 rows in 8 virtual shards: the virtual shards must divide the rows; set stages.align.data.shards=12",
+        ),
+        ((12, 4, 3), "the 3 processes that read rows must divide the virtual shards; set stages.align.data.shards=12"),
+        (
+            (512, 8, 16),
+            "the 16 processes that read rows must divide the virtual shards; set stages.align.data.shards=256",
+        ),
         ((12, 4, 8), "the 8 processes .*; set stages.align.rows=16"),
         ((12, 4, 1, 8), "8 data shards x accumulate=1 must divide the rows; set stages.align.rows=16"),
         ((24, 8, 8, 8, 2), "8 data shards x accumulate=2 must divide the rows; set stages.align.rows=32"),
@@ -73,20 +79,26 @@ def with_epochs(run, number, epochs, **changes):
 def test_resolving_fills_in_numbers_and_keeps_them(run, tmp_path, capsys, monkeypatch):
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, shards=None))
     run = with_epochs(run, 0, 2.0, data={"packing": False, "seq_len": 200})
-    found = resolve(run, str(tmp_path))
+    found = resolve(run)
     align, instruct = found.stages
     assert align.steps == math.ceil(2 * len(LlavaSource(run.stages[0].sources[0].path)) / align.rows)
-    assert align.epochs == 2.0 and instruct.steps == run.stages[1].steps
+    assert align.epochs is None and instruct.steps == run.stages[1].steps
     assert align.data == {"packing": False, "seq_len": 200, "shards": 8} and instruct.data == {"shards": 8}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and f"stage align: 2 epochs are {align.steps} steps" in said[0]
-    assert resolve(found) == found
+    assert resolve(found) == found == recipes.from_document(recipes.to_document(found), "config.json")
 
-    monkeypatch.setattr(build, "resolve_steps", lambda *_: 12345)
+    monkeypatch.setattr(build, "steps_of_epochs", lambda *_: 12345)  # the data has changed
+    workdir = str(tmp_path)
+    assert resolve(run, workdir).stages[0].steps == 12345  # nothing is saved there
     (tmp_path / "config.json").write_text(json.dumps(recipes.to_document(found)))
-    assert resolve(run, str(tmp_path)) == found  # not measured again, whatever the data is now
-    assert resolve(with_epochs(run, 0, 3.0), str(tmp_path)).stages[0].steps == 12345
-    assert recipes.from_document(recipes.to_document(found), "config.json") == found
+    says = (
+        f"12345 steps, but the workdir's config.json has {align.steps}: .*--accept-changed-data keeps the {align.steps}"
+    )
+    with pytest.raises(ConfigError, match=says):
+        resolve(run, workdir)
+    assert resolve(run, workdir, accept_changed=True) == found
+    assert f"stage align keeps its {align.steps} steps" in capsys.readouterr().err
 
 
 def test_check_data_covers_every_stage(run, tmp_path):
@@ -183,8 +195,15 @@ def test_plan_checks_the_processes_of_a_slice_before_it_compiles(run, monkeypatc
     monkeypatch.setattr(report, "devices_of", lambda topology: devices)
     monkeypatch.setattr(report, "plan_stage", compiled)
     stages = tuple(dataclasses.replace(stage, rows=128, data={"shards": 8}) for stage in run.stages)
-    with pytest.raises(ConfigError, match="stages.align: .*the 16 processes .*; set data.shards=128"):
+    with pytest.raises(ConfigError, match="stages.align: .*the 16 processes .*; set stages.align.data.shards=128"):
         report.plan(dataclasses.replace(run, stages=stages), topology("v5p:4x4x4"), say=str)
     stages = tuple(dataclasses.replace(stage, data={"shards": None}) for stage in stages)
     with pytest.raises(AssertionError, match="it compiles"):
         report.plan(dataclasses.replace(run, stages=stages), topology("v5p:4x4x4"), say=str)
+
+
+def test_plan_and_bench_need_no_data_for_epochs(run):
+    """Nothing is measured: the program of a step is that of any number of steps."""
+    stage = with_epochs(run, 1, 2.0).stages[1]
+    assert report.fixed_steps(stage).steps == 1 and report.fixed_steps(run.stages[1]) is run.stages[1]
+    assert bench.choose_stage(with_epochs(run, 1, 2.0)).steps == 1

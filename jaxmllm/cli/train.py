@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     profile = parse_steps(args.profile) if args.profile else None
     processes.join_processes(args.distributed)
     check_data(config)
-    config = resolve(config, workdir)
+    config = resolve(config, workdir, args.accept_changed_data)
     evals = {stage.name: StageEvals(config, stage, workdir) for stage in config.stages}
 
     def make(stage):

@@ -29,8 +29,10 @@ MAX_SHARDS = 256  # virtual shards by default
 
 
 def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
-    """How records become samples, in a stage or by default. Raises ConfigError if the tokenizer has more tokens than
-    the model."""
+    """How records become samples, in a stage or in general.
+
+    Raises ConfigError if the tokenizer has more tokens than the model.
+    """
     data, model = run.data_of(stage) if stage else run.data, run.model
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
@@ -83,7 +85,7 @@ def check_division(
         multiple = math.lcm(parts, processes)
         mend = f"stages.{stage}.rows={-(-rows // multiple) * multiple}"
     else:
-        mend = f"data.shards={fitting[-1]}"
+        mend = f"stages.{stage}.data.shards={fitting[-1]}"
     raise ConfigError(f"stages.{stage}: {rows} rows in {shards} virtual shards: {rule}; set {mend}")
 
 
@@ -104,36 +106,46 @@ def check_data(run: Run) -> None:
         check_rows(run, stage, devices)
 
 
-def resolve(run: Run, workdir: str | None = None) -> Run:
-    """The run with the virtual shards and steps of all stages filled in, as config.json keeps them.
+def resolve(run: Run, workdir: str | None = None, accept_changed: bool = False) -> Run:
+    """The run with the virtual shards and steps of all stages filled in as numbers, as config.json keeps them.
 
-    For a stage with epochs, the steps are those that WORKDIR/config.json holds for as many epochs, or else they are
-    measured (sizes.steps_of_epochs). Raises ValueError if the data cannot be read.
+    The steps of a stage with epochs are measured, which gives the same number for the same data. accept_changed: the
+    data may have changed, and stages keep the steps that WORKDIR/config.json has. Raises ValueError if the data cannot
+    be read, ConfigError if the steps differ from those in the workdir.
     """
-    stages = []
+    stages, saved = [], saved_steps(workdir) if workdir else {}
     for stage in run.stages:
         data = run.data_of(stage)
         filled = {"shards": resolve_shards(data, stage.rows)} if data.shards is None else {}
-        steps = stage.steps or kept_steps(workdir, stage) or resolve_steps(run, stage)
-        stages.append(dataclasses.replace(stage, data={**stage.data, **filled}, steps=steps))
+        steps = stage.steps or resolve_steps(run, stage, saved.get(stage.name), accept_changed)
+        stages.append(dataclasses.replace(stage, data={**stage.data, **filled}, steps=steps, epochs=None))
     return dataclasses.replace(run, stages=tuple(stages))
 
 
-def resolve_steps(run: Run, stage: Stage) -> int:
-    """The steps of a stage that is given in epochs; says how many there are."""
-    sources, spec = weighted_sources(stage), sample_spec(run, stage)
-    steps = steps_of_epochs(stage.epochs, stage.rows, sources, spec, run.data_of(stage).packing)
+def resolve_steps(run: Run, stage: Stage, saved: int | None = None, keep: bool = False) -> int:
+    """The steps of a stage that is given in epochs (sizes.steps_of_epochs says what an epoch is); prints them.
+
+    saved: the steps in the run's workdir. They are taken if `keep`; otherwise ConfigError is raised if they differ.
+    """
+    if saved and keep:
+        text, steps = f"stage {stage.name} keeps its {saved} steps", saved
+    else:
+        sources, spec = weighted_sources(stage), sample_spec(run, stage)
+        steps = steps_of_epochs(stage.epochs, stage.rows, sources, spec, run.data_of(stage).packing)
+        text = f"stage {stage.name}: {stage.epochs:g} epochs are {steps} steps"
+    if saved and steps != saved:
+        mend = f"if the data has changed, --accept-changed-data keeps the {saved}; otherwise use another --workdir"
+        raise ConfigError(f"{text}, but the workdir's config.json has {saved}: {mend}")
     if jax.process_index() == 0:
-        say(f"stage {stage.name}: {stage.epochs:g} epochs are {steps} steps")
+        say(text)
     return steps
 
 
-def kept_steps(workdir: str | None, stage: Stage) -> int | None:
-    """The steps that WORKDIR/config.json holds for a stage of this name with as many epochs; None if it has none."""
-    file = Path(workdir) / "config.json" if workdir else None
-    document = json.loads(file.read_text()) if file and file.exists() else {}
-    kept = {(saved["name"], saved.get("epochs")): saved["steps"] for saved in document.get("stages", [])}
-    return kept.get((stage.name, stage.epochs))
+def saved_steps(workdir: str) -> dict[str, int]:
+    """Stage -> steps, as WORKDIR/config.json says; {} without such a file."""
+    file = Path(workdir) / "config.json"
+    document = json.loads(file.read_text()) if file.exists() else {}
+    return {stage["name"]: stage["steps"] for stage in document.get("stages", [])}
 
 
 def make_loader(run: Run, stage: Stage, workdir: str, accept_changed: bool = False) -> Loader:

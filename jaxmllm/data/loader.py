@@ -79,7 +79,7 @@ class Loader:
                 f"the rows ({rows}) must be a multiple of the virtual shards ({num_shards}), "
                 f"and the virtual shards a multiple of the processes ({process_count})"
             )
-        shares = normalized(sources)
+        shares, self.speaks = normalized(sources), process_index == 0
         if threads is None:
             threads = max((os.cpu_count() or 1) - 2, 0)
         self.spec, self.ledger, self.prefetch, self.accept_changed = spec, ledger, prefetch, accept_changed
@@ -134,7 +134,9 @@ class Loader:
             text = "; ".join(changed)
             if not self.accept_changed:
                 raise ValueError(f"{text}: `jaxmllm train .. --accept-changed-data` goes on with the data as it is now")
-            say(f"{text}: until the epoch ends, records may be seen twice or never; open rows are read again by place")
+            if self.speaks:
+                follows = "until the epoch ends, records may be seen twice or never; open rows are read again by place"
+                say(f"{text}: {follows}")
         self._stop()
         for shard, rows in self.shards.items():
             rows.set_state(state["shards"][shard])

@@ -54,7 +54,8 @@ def plan(run: Run, topology: Topology, only: str | None = None, say: Callable[[s
     stages, hours = {}, {}
     for stage in planned:
         say(f"compiling the step of stage {stage.name} for {topology.chips} chips of {topology.name} ...")
-        stages[stage.name] = plan_stage(run, stage, topology, say)
+        # How many steps an epoch takes depends on the data, which need not be here; a step costs the same.
+        stages[stage.name] = plan_stage(run, fixed_steps(stage), topology, say)
         seconds = stages[stage.name]["predicted_step_seconds"]
         unknown = seconds is None or stage.steps is None
         hours[stage.name] = None if unknown else stage.steps * seconds * topology.chips / 3600
@@ -67,6 +68,11 @@ def plan(run: Run, topology: Topology, only: str | None = None, say: Callable[[s
         "chip_hours": hours,
         "stages": stages,
     }
+
+
+def fixed_steps(stage: Stage) -> Stage:
+    """The stage, with some number of steps if it is given in epochs: the program of a step does not depend on it."""
+    return stage if stage.steps else dataclasses.replace(stage, steps=1, epochs=None)
 
 
 def plan_stage(run: Run, stage: Stage, topology: Topology, say: Callable[[str], None]) -> dict[str, Any]:
