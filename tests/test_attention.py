@@ -94,7 +94,7 @@ def test_flash_in_bfloat16_equals_plain_in_float32_for_fewer_queries_than_keys(m
     rng = np.random.default_rng(0)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         shapes = (1, 300, 1, 1, 64), (1, 500, 1, 64), (1, 500, 1, 64)
-        q, k, v = (sharded.shard_rows(jnp.asarray(rng.normal(size=x), jnp.bfloat16)) for x in shapes)
+        q, k, v = (sharded.shard(jnp.asarray(rng.normal(size=x), jnp.bfloat16), "batch", None, "heads") for x in shapes)
         ids = jnp.ones((1, 300), jnp.int32), jnp.array([[1] * 450 + [0] * 50])
         ids = [sharded.shard(x, "batch", None) for x in ids]
         found = jax.jit(lambda *x: flash_attention(*x, False, *ids, interpret=True))(q, k, v)
@@ -171,6 +171,6 @@ def test_causal_attention_in_blocks_equals_one_block():
     wanted = both(q, k, v)
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         assert causal_blocks(q, k) == 4
-        q, k, v = (sharded.shard_rows(x) for x in (q, k, v))
+        q, k, v = (sharded.shard(x, "batch", None, "heads") for x in (q, k, v))
         found = jax.jit(both)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)

@@ -111,7 +111,13 @@ def check_sent(program: dict, kind: str) -> None:
     # In the forward pass the TPU's compiler leaves out the unused chunk. It also turns the loop over one SVA layer into
     # straight code and merges its repetition with the first time, so seven weights are gathered only once.
     expected = GATHERED | ({"next_token": (4, 5), "aggregator": (9, 12)} if kind == "tpu" else {})
-    assert {name: tuple(count) for name, count in program["gathered"].items()} == expected
+    gathered = {name: tuple(count) for name, count in program["gathered"].items()}
+    # XLA of jaxlib 0.12 leaves the name of some gathers out, those of the forward pass that have no backward pass.
+    unnamed = gathered.pop("other", (0, 0))
+    for part in (0, 1):
+        missing = {name: count[part] - gathered.get(name, (0, 0))[part] for name, count in expected.items()}
+        assert min(missing.values()) >= 0 and sum(missing.values()) == unnamed[part], (part, missing, unnamed)
+    assert gathered.keys() <= expected.keys()
     assert program["summed"] == SUMMED[kind]
     assert {name: tuple(count) for name, count in program["looped"].items()} == LOOPED[kind]
 
@@ -122,7 +128,8 @@ def test_only_weights_and_their_gradients_cross_data_shards(fast):
 
 def test_features_sent_across_data_shards_are_found(fast):
     paths = fast[1]["activations"]
-    assert len(paths) == 3 and any("jvp(fuser_clip)" in path for path in paths)
+    # The resharded features, by the name of the part that makes or reads them.
+    assert len(paths) == 3 and any("jvp(fuser_clip)" in path or "jvp(encoder_clip)" in path for path in paths)
     assert any("transpose(jvp(aggregator))" in path for path in paths)  # the gradient of the learned array in all rows
 
 
