@@ -25,6 +25,7 @@ from jaxmllm.plan.chips import CHIPS
 from jaxmllm.plan.compile import peak_bytes
 from jaxmllm.plan.flops import model_flops
 from jaxmllm.plan.report import fixed_steps
+from jaxmllm.train.compiler import use_random_kernel
 from jaxmllm.train.setup import initial_params, stage_program
 
 WARM_UP = 2  # steps that are not counted
@@ -79,6 +80,7 @@ def measure(run: Run, stage: Stage, steps: int, real: bool = False) -> dict[str,
     where it does not, as the compiler estimates it ("compiler").
     """
     mesh = run.mesh.build()
+    use_random_kernel(mesh)
     devices = mesh.devices.size
     if real:
         data = real_batches(run, stage)

@@ -115,7 +115,7 @@ class Stage:
     name: str
     sources: tuple[Source, ...]
     rows: int  # B, rows of the global batch
-    steps: int | None = None  # of the optimizer; None: as many as `epochs` are, measured when the run starts
+    steps: int | None = None  # of the optimizer; or else `epochs`, which become steps when the run starts
     epochs: float | None = None  # one epoch: as many trained samples as the sources have records together
     rules: tuple[Rule, ...]
     losses: dict[str, float]  # objective, or auxiliary loss of the blocks -> weight; others are not computed
@@ -126,8 +126,8 @@ class Stage:
     evals: tuple[Eval, ...] = ()
 
     def __post_init__(self):
-        if self.steps is None and self.epochs is None:
-            raise ConfigError(f"stage {self.name}: give steps or epochs")
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"stage {self.name}: give either steps or epochs, and None for the other")
         if self.rows % self.accumulate:
             raise ConfigError(f"stages.{self.name}: rows {self.rows} do not divide by accumulate {self.accumulate}")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -35,7 +35,7 @@ def model_of(folder: str) -> MLLM:
     """LLaVA's model, with nothing but the folder's own sizes."""
     encoder = encoders.from_folder(folder, remat="none", **PICTURES)
     llm = llms.from_folder(folder, remat="none")
-    return MLLM({"clip": encoder}, {"clip": Single()}, MLPProjector(llm.width, encoder.side), llm, {})
+    return MLLM({"clip": encoder}, {"clip": Single()}, MLPProjector(encoder.side), llm, {})
 
 
 def batch_of(model: MLLM, tokens: np.ndarray, labels: np.ndarray, images: np.ndarray) -> Batch:

@@ -1,13 +1,16 @@
 """Parameters in, replies out: an Answerer made of a config and parameters, without a workdir."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
 from jaxmllm.data.sources.record import Blob
+from jaxmllm.errors import ConfigError
 from jaxmllm.eval.answer import Answerer, Conversation, Question
 from jaxmllm.eval.periodic import cast
+from jaxmllm.mesh import Mesh
 from tests.tiny_run import random_params, tiny_run
 
 
@@ -91,3 +94,9 @@ def test_a_conversation_keeps_what_was_said(answerer, questions):
     if conversation.history[-1][1]:  # an empty answer cannot be said again
         question = Question(second, questions[0].images, ((first, reply),))
         assert [conversation.reply(second)] == list(answerer.ask([question], batch=1))
+
+
+def test_a_mesh_that_splits_sequences_is_refused(scenes):
+    run = dataclasses.replace(tiny_run(scenes), mesh=Mesh(context=2))
+    with pytest.raises(ConfigError, match="mesh.context=2: .* --set mesh.context=1"):
+        Answerer(run, {})

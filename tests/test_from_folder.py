@@ -252,14 +252,13 @@ def test_other_encoders(tmp_path):
 
 def test_projector(tmp_path):
     folder = write(tmp_path, hf_files.LLAVA_1_5)
-    assert check_sizes(folder, "aggregator", MLPProjector(4096, 24)) == []
-    assert check_sizes(folder, "aggregator", MLPProjector(512, 24, depth=3)) == [
-        "hidden_size 4096 there, llm_width 512 here",
+    assert check_sizes(folder, "aggregator", MLPProjector(24)) == []
+    assert check_sizes(folder, "aggregator", MLPProjector(24, depth=3)) == [
         "depth 2 there, depth 3 here",
     ]
-    assert check_sizes(folder, "aggregator", Resampler(4096, 64)) == ["MLPProjector there, Resampler here"]
+    assert check_sizes(folder, "aggregator", Resampler(1024)) == ["MLPProjector there, Resampler here"]
     write(tmp_path, hf_files.LLAVA_1_5 | {"projector_hidden_act": "relu", "multimodal_projector_bias": False})
-    assert len(check_sizes(folder, "aggregator", MLPProjector(4096, 24))) == 2
+    assert len(check_sizes(folder, "aggregator", MLPProjector(24))) == 2
     with pytest.raises(ValueError, match="a llava folder holds llm, encoder, aggregator, not fusers.a"):
         check_sizes(folder, "fusers.a", None)
 

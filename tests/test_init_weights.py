@@ -148,6 +148,17 @@ def test_tied_tables(layout, tmp_path):
     assert refused(named, model, abstract).startswith(f"llm: ! {head}: its numbers differ from those of ")
 
 
+def test_pixels_must_be_normalised_as_the_folder_says(tmp_path):
+    folder, encoder = llava_folder(tmp_path, MODEL, PARAMS), MODEL.encoders["a"]
+    named, file = {"encoders.a": str(folder)}, folder / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_mean": [round(x, 3) for x in encoder.mean], "image_std": encoder.std}))
+    load_parts(MODEL, named, ABSTRACT)
+    file.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": encoder.std}))
+    assert f"encoders.a: image_mean [0.5, 0.5, 0.5] there, mean {list(encoder.mean)} here" in refused(named)
+    file.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": encoder.std, "do_normalize": False}))
+    assert "encoders.a: preprocessor_config.json: pixels must be divided by 255" in refused(named)
+
+
 # Workdirs
 
 
@@ -159,9 +170,11 @@ def workdir(tmp_path_factory):
     (root / "config.json").write_text(json.dumps({"format": FORMAT, "stages": stages}))
 
     def save(stage: str, trained: tuple[str, ...], steps: tuple[int, ...]):
-        checkpoints = StageCheckpoints(str(root), stage, config={})
-        params = {path: x + np.float32(stage == "align") for path, x in PARAMS.items()}
-        checkpoints.save_frozen({k: jnp.asarray(x) for k, x in params.items() if not k.startswith(trained)})
+        checkpoints = StageCheckpoints(str(root), stage, record={})
+        first = stage == "align"  # its weights are those of instruct, more 1
+        params = {k: x + np.float32(first and not k.startswith("encoders_")) for k, x in PARAMS.items()}
+        if first:
+            checkpoints.save_frozen({k: jnp.asarray(x) for k, x in params.items() if not k.startswith(trained)})
         for step in steps:
             moved = {k: jnp.asarray(x + 10 * (step == 1)) for k, x in params.items() if k.startswith(trained)}
             checkpoints.save(TrainState(jnp.array(step), moved, {}, {}), {})

@@ -47,8 +47,14 @@ def test_json_lines_forgets_what_comes_again(tiny, tmp_path):
     before = path.stat().st_ino
     JsonLines().open(str(tmp_path), tiny, instruct, 2).close()
     assert path.stat().st_ino == before  # nothing to drop: the file is left alone
-    JsonLines().open(str(tmp_path), tiny, align, 2).close()  # a stage that goes back takes those after it with it
-    assert rows(path) == [("align", 1), ("align", 2)]
+    JsonLines().open(str(tmp_path), tiny, align, 2).close()
+    assert rows(path) == [("align", 1), ("align", 2), ("instruct", 1), ("instruct", 2)]
+    log = JsonLines().open(str(tmp_path), tiny, instruct, 2)
+    log.write({"accuracy": None}, 2, "task")
+    log.close()
+    JsonLines().open(str(tmp_path), tiny, instruct, 2).close()  # the result of a task on the step that was saved stays
+    last = {"stage": "instruct", "step": 2, "eval": "task", "accuracy": None}
+    assert json.loads(path.read_text().splitlines()[-1]) == last
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(ValueError, match="metrics.jsonl:1 is no row"):
         JsonLines().open(str(tmp_path), tiny, align, 2)
@@ -71,10 +77,13 @@ def test_tensorboard_marks_where_a_run_goes_on(tiny, tmp_path):
         log = TensorBoard().open(str(tmp_path), tiny, tiny.stages[0], start)
         for step in steps:
             log.write({"loss": 0.5, "grad_norm": 2.0}, step)
+        log.write({"loss": 0.25, "accuracy": None}, steps[-1], "held_out")
         log.close()
     found = events(tmp_path / "tensorboard" / "align")
     scalars = [(e.step, v.tag) for e in found for v in e.summary.value]
-    assert scalars == [(step, tag) for step in (1, 2, 3, 3, 4) for tag in ("loss", "grad_norm")]
+    trained = [(step, tag) for step in (1, 2, 3, 3, 4) for tag in ("loss", "grad_norm")]
+    assert [each for each in scalars if "/" not in each[1]] == trained
+    assert [each for each in scalars if "/" in each[1]] == [(3, "held_out/loss"), (4, "held_out/loss")]
     assert [e.step for e in found if e.HasField("session_log")] == [3]  # earlier events from step 3 on are void
 
 
@@ -122,8 +131,10 @@ class Kept:
     kept: list = dataclasses.field(default_factory=list)
 
     def open(self, workdir, run, stage, step):
-        kept = self.kept
-        return SimpleNamespace(write=lambda row, step: kept.append((step, row)), close=lambda: kept.append("closed"))
+        def write(row, step, task):
+            self.kept.append((step, row))
+
+        return SimpleNamespace(write=write, close=lambda: self.kept.append("closed"))
 
 
 def reporter(tiny, tmp_path, start=0) -> tuple[Reporter, list]:

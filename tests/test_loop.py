@@ -94,7 +94,7 @@ class NoEvals:
     def due(self, step):
         return False
 
-    def __call__(self, step, state):
+    def __call__(self, step, state, reporter):
         return 0.0
 
 

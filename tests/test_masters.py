@@ -27,12 +27,17 @@ def three_stages(*rules: tuple[Rule, ...]) -> Run:
     return dataclasses.replace(run, stages=stages, compute_dtype="bfloat16", init=Init(llm="random"))
 
 
+def no_sources(config: Run, abstract: dict, rates: dict) -> tuple[dict, list]:
+    """As a run whose parts all start at random."""
+    return {}, []
+
+
 def start(run: Run, workdir, number: int):
     """(state at the start of a stage, its checkpoints)."""
     mesh, names = run.mesh.build(), [stage.name for stage in run.stages]
     checkpoints = open_checkpoints(str(workdir), names, record=to_document(run))[number]
     with jax.set_mesh(mesh):
-        state, _, _ = start_stage(run, run.stages[number], mesh, checkpoints)
+        state, _, _ = start_stage(run, run.stages[number], mesh, checkpoints, no_sources)
     return state, checkpoints
 
 

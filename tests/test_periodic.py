@@ -1,10 +1,18 @@
 """Evaluation in the training loop, with a fuser and a task that only the config file defines."""
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
+from jaxmllm.config import Eval
+from jaxmllm.eval.periodic import StageEvals
+from jaxmllm.eval.tasks.base import Result
+from jaxmllm.recipes import load
+from jaxmllm.train.state import TrainState
 from tests.conftest import jaxmllm, settings
 from tests.test_resume import assert_equal, newest_state
 
@@ -83,7 +91,7 @@ def test_resuming_neither_repeats_nor_skips(scenes, trained, tmp_path):
     again = [json.loads(line) for line in lost]
     assert [row for row in found if "eval" in row][-1] == again[0]
     assert sorted((row["stage"], row["step"], row["eval"]) for row in found if "eval" in row) == sorted(EXPECTED)
-    assert [row["step"] for row in found if row["stage"] == "instruct" and "loss" in row] == [1, 2, 3, 4, 3, 4]
+    assert [row["step"] for row in found if row["stage"] == "instruct" and "loss" in row] == [1, 2, 3, 4]
 
 
 def test_evaluation_may_change_on_resume(scenes, trained, tmp_path):
@@ -122,3 +130,24 @@ def test_a_task_of_a_file(scenes, trained, tmp_path):
     assert refused.returncode == 2 and "did you mean 'length_of_ten'" in refused.stderr
     nothing = jaxmllm("eval", workdir, *own, check=False)
     assert nothing.returncode == 2 and "either --rows" in nothing.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A task whose result is a parameter."""
+
+    name: str = "seen"
+
+    def prepare(self, run, stage, workdir):
+        return lambda params, note: Result({path: float(x) for path, x in params.items()}, "")
+
+
+def test_the_moving_average_is_measured_where_there_is_one(tmp_path):
+    run = load("configs/toy.py:tiny")
+    evals = StageEvals(run, dataclasses.replace(run.stages[0], evals=(Eval(task=Seen()),)), str(tmp_path))
+    trained, average, frozen = {"a": jnp.array(1.0)}, {"a": jnp.array(2.0)}, {"b": jnp.array(3.0)}
+    kept = []
+    reporter = SimpleNamespace(log=lambda row, step, task: kept.append((row, step, task)), say=lambda line: None)
+    for ema in ({}, average):
+        evals(4, TrainState(jnp.array(4), trained, frozen, {}, ema), reporter)
+    assert kept == [({"a": 1.0, "b": 3.0}, 4, "seen"), ({"a": 2.0, "b": 3.0}, 4, "seen")]

@@ -60,7 +60,7 @@ def test_kill_and_resume_is_bit_equal(scenes, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (killed / "align" / "checkpoints" / "2").is_dir()
-    assert not (killed / "instruct").exists()
+    assert not list(killed.glob("instruct/checkpoints/*"))
     again = jaxmllm("train", *args, "--workdir", killed).stderr
     assert re.search(r"first step after [\d.]+ s \(\d+ programs from the cache, \d+ s saved\)", again), again
     for stage in ("align", "instruct"):

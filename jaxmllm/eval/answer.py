@@ -19,6 +19,7 @@ from jaxmllm.data.loader import make_batch
 from jaxmllm.data.samples import Sample, make_sample
 from jaxmllm.data.sources.record import BadSample, Blob, Record, read_file
 from jaxmllm.data.templates import IMAGE
+from jaxmllm.errors import ConfigError
 from jaxmllm.eval.generate import left_pad, make_generate
 from jaxmllm.train.state import Params, unflatten
 
@@ -55,7 +56,15 @@ class Answerer:
     """
 
     def __init__(self, config: Run, params: Params, max_new_tokens: int = 32):
-        """params: by path, on the mesh of `config` and in its compute dtype. They may come from anywhere."""
+        """params: by path, on the mesh of `config` and in its compute dtype. They may come from anywhere.
+
+        Raises ConfigError if the mesh splits sequences.
+        """
+        if config.mesh.context > 1:
+            raise ConfigError(
+                f"mesh.context={config.mesh.context}: replies are not generated on a mesh that splits sequences; "
+                "evaluate afterwards, with --set mesh.context=1"
+            )
         self.config, self.params = config, params
         self.spec = dataclasses.replace(sample_spec(config), targets=None)
         self.tokenizer, self.mesh = self.spec.tokenizer, config.mesh.build()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 
 import jax
@@ -13,14 +12,15 @@ from jax.experimental import multihost_utils
 
 from jaxmllm.config import Run, Stage
 from jaxmllm.eval.lines import append_line, read_lines
+from jaxmllm.train.metrics import Reporter
 from jaxmllm.train.state import Params, TrainState
 
 
 class StageEvals:
     """The evaluations of one stage.
 
-    Each result is a row {"stage", "step", "eval": task, ..numbers} of WORKDIR/metrics.jsonl, and a line on stderr. What
-    was evaluated is read from that file: a resumed run repeats nothing and leaves nothing out. Replies go to
+    Each result is a row for the run's loggers, and a line on stderr. What was evaluated is read from the rows in
+    WORKDIR/metrics.jsonl: a resumed run repeats nothing and leaves nothing out. Replies go to
     WORKDIR/<stage>/eval_replies.jsonl as they come.
     """
 
@@ -47,26 +47,25 @@ class StageEvals:
                 missing = multihost_utils.broadcast_one_to_all(missing)
         return [name for name, is_missing in zip(names, missing) if is_missing]
 
-    def __call__(self, step: int, state: TrainState) -> float:
+    def __call__(self, step: int, state: TrainState, reporter: Reporter) -> float:
         """Evaluates the state after `step` by the tasks that are due -> seconds that it took, without the step's own.
 
-        It reads the trained parameters in the compute dtype, which for bfloat16 is a copy for as long as it takes.
+        It reads the trained parameters, or their moving average if the stage keeps one, in the compute dtype, which for
+        bfloat16 is a copy for as long as it takes.
         """
         names = self.due(step)
         if not names:
             return 0.0
         jax.block_until_ready(state)
         start, active = time.perf_counter(), jax.process_index() == 0
-        params = cast(state.trainable, jnp.dtype(self.run.compute_dtype)) | state.frozen
+        params = cast(state.ema or state.trainable, jnp.dtype(self.run.compute_dtype)) | state.frozen
         for name in names:
             began, at = time.perf_counter(), {"stage": self.stage.name, "step": step}
             note = functools.partial(append, self.replies, at) if active else lambda row: None
             found = self.measures[name](params, note)
-            if active:
-                append(self.metrics, at, {"eval": name, **found.numbers})
-                clear = "\x1b[2K" if sys.stderr.isatty() else ""  # the progress line
-                text = f"{self.stage.name} step {step}: {name}  {found.line()}  ({time.perf_counter() - began:.1f} s)"
-                print(f"{clear}{text}", file=sys.stderr, flush=True)
+            reporter.log(found.numbers, step, name)
+            seconds = time.perf_counter() - began
+            reporter.say(f"{self.stage.name} step {step}: {name}  {found.line()}  ({seconds:.1f} s)")
         return time.perf_counter() - start
 
 

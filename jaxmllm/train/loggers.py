@@ -1,9 +1,10 @@
 """Loggers as values of a config: where the metrics of a run are written.
 
 A logger is a frozen dataclass with `open(workdir, run, stage, step)`, which returns an object with
-`write(row, step)` and `close()`. run, stage: the config's Run and Stage. step: the step of the stage that a run goes on
-from, 0 for a new stage; what an interrupted run wrote about later steps is to be forgotten, since they come again.
-row: metrics by name, floats; steps are counted from 1. Only process 0 opens loggers.
+`write(row, step, task)` and `close()`. run, stage: the config's Run and Stage. step: the step of the stage that a run
+goes on from, 0 for a new stage; what an interrupted run wrote about later steps is to be forgotten, since they come
+again. row: metrics by name, floats; steps are counted from 1. task: the name of the evaluation that the row is the
+result of, None for the metrics of training. Only process 0 opens loggers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tensorboardX import SummaryWriter
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """WORKDIR/metrics.jsonl: one JSON object per row, with the stage's name and the step."""
+    """WORKDIR/metrics.jsonl: one JSON object per row, with the stage's name, the step and "eval", the task, if any."""
 
     def open(self, workdir: str, run: Any, stage: Any, step: int) -> JsonLinesWriter:
         """Raises ValueError if the file has a line that is no row."""
@@ -36,8 +37,9 @@ class JsonLinesWriter:
     def __init__(self, path: Path, stage: str):
         self.file, self.stage = open(path, "a"), stage
 
-    def write(self, row: dict[str, float], step: int) -> None:
-        self.file.write(json.dumps({"stage": self.stage, "step": step, **row}) + "\n")
+    def write(self, row: dict[str, float | None], step: int, task: str | None = None) -> None:
+        at = {"stage": self.stage, "step": step} | ({"eval": task} if task else {})
+        self.file.write(json.dumps({**at, **row}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -45,7 +47,7 @@ class JsonLinesWriter:
 
 
 def drop_rows_after(path: Path, stage: str, step: int) -> None:
-    """Ends the file before the first row of `stage` with a later step, and before a last line that is incomplete.
+    """Removes the rows of `stage` with a later step, and a last line that is incomplete.
 
     Raises ValueError for another line that is no row.
     """
@@ -59,13 +61,17 @@ def drop_rows_after(path: Path, stage: str, step: int) -> None:
             later = row["stage"] == stage and row["step"] > step
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number} is no row of metrics; mend or remove that line") from error
-        if later:
-            break
-        kept.append(line)
+        if not later:
+            kept.append(line)
     if len(kept) < len(lines):
         part = path.with_suffix(".part")
         part.write_text("".join(kept))
         os.replace(part, path)
+
+
+def named(row: dict[str, float | None], task: str | None) -> dict[str, float]:
+    """The numbers of a row, as TASK/METRIC if they are a task's; what a task had nothing to measure of is left out."""
+    return {f"{task}/{name}" if task else name: value for name, value in row.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +84,13 @@ class TensorBoard:
 
 
 class TensorBoardWriter:
-    """One scalar per metric."""
+    """One scalar per metric; those of a task are TASK/METRIC."""
 
     def __init__(self, board: SummaryWriter):
         self.board = board
 
-    def write(self, row: dict[str, float], step: int) -> None:
-        for name, value in row.items():
+    def write(self, row: dict[str, float | None], step: int, task: str | None = None) -> None:
+        for name, value in named(row, task).items():
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -135,8 +141,8 @@ class WeightsAndBiasesWriter:
     def __init__(self, run: Any):
         self.run = run
 
-    def write(self, row: dict[str, float], step: int) -> None:
-        self.run.log(row, step=step)
+    def write(self, row: dict[str, float | None], step: int, task: str | None = None) -> None:
+        self.run.log(named(row, task), step=step)
 
     def close(self) -> None:
         self.run.finish()

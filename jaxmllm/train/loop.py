@@ -18,6 +18,7 @@ from jaxmllm.errors import ConfigError
 from jaxmllm.host_batches import global_from_rows, process_rows
 from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
+from jaxmllm.train.compiler import use_random_kernel
 from jaxmllm.train.metrics import Reporter, report
 from jaxmllm.train.profile import Profiler
 from jaxmllm.train.session import Hooks, Session, StageTools
@@ -32,6 +33,7 @@ def run(config: Run, workdir: str, hooks: Hooks) -> None:
     gradient that is not finite.
     """
     mesh = config.mesh.build()
+    use_random_kernel(mesh)
     with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(hooks.profile, workdir)) as profiler:
         check_stages(config, mesh)
         claim_workdir(config, workdir)
@@ -73,7 +75,7 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
     done, pending = int(state.step), None
     reporter.say(f"stage {stage.name}: steps {done} to {stage.steps}, compiling ...")
     with jax.transfer_guard("disallow"):
-        session.hooks.evals[stage.name](done, state)  # what a run that was interrupted here has not evaluated
+        session.hooks.evals[stage.name](done, state, reporter)  # what a run that was interrupted here has not evaluated
         while done < stage.steps:
             start = time.perf_counter()
             rows, info = next(tools.loader)
@@ -96,4 +98,4 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
             reporter.look_for_unreached(done, state)
             if stopping:
                 raise Stopped(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
-            reporter.window_start += session.hooks.evals[stage.name](done, state)
+            reporter.window_start += session.hooks.evals[stage.name](done, state, reporter)

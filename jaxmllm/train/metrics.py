@@ -91,8 +91,7 @@ class Reporter:
         }
         self.last = step
         self.window_start, self.window = now, dict.fromkeys(self.window, 0.0)
-        for logger in self.loggers:
-            logger.write({**metrics, **speed}, step)
+        self.log({**metrics, **speed}, step)
         left = (self.stage.steps - step) * speed["step_ms"] / 1e3
         bar = "#" * round(20 * step / self.stage.steps)
         parts = [f"{k} {metrics[k]:.3f}" for k in metrics if k not in ("grad_norm", "learning_rate")]
@@ -102,6 +101,11 @@ class Reporter:
             f"wait {speed['data_wait']:.0%}  eta {int(left) // 60}:{int(left) % 60:02d}",
             replace=True,
         )
+
+    def log(self, row: dict[str, float | None], step: int, task: str | None = None) -> None:
+        """Gives all loggers a row: metrics of a training step, or the result of a task."""
+        for logger in self.loggers:
+            logger.write(row, step, task)
 
     def say(self, line: str, replace: bool = False) -> None:
         """Prints a line to stderr; with `replace`, on a terminal, the next line overwrites it."""

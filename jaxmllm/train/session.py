@@ -20,9 +20,9 @@ from jaxmllm.train.stop import StopSignal
 class Hooks:
     """What a run gets from outside: train/ knows neither data sets, nor weights of others, nor evaluation.
 
-    evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state) makes
-    them and returns the seconds that it took. profile: first and last step to trace, of the first stage that is
-    trained.
+    evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state,
+    reporter) makes them and returns the seconds that it took. profile: first and last step to trace, of the first stage
+    that is trained.
     """
 
     make_loader: Callable[[Stage], Any]

@@ -141,8 +141,7 @@ def decoder(config: Any, length: int | None = None) -> Description:
 
 def projector(config: Any) -> Description:
     """The projector of a LLaVA folder."""
-    text = part_config(config, "llm")
-    fields, names = {"llm_width": text.hidden_size, "depth": 2}, {"llm_width": "hidden_size", "depth": "depth"}
+    fields, names = {"depth": 2}, {"depth": "depth"}
     refused = only(config, projector_hidden_act="gelu", multimodal_projector_bias=True)
     return Description("MLPProjector", fields, names, refused + only(config, **select_strategy(config)))
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxmllm.weights.hf_config import read_json
 
 FILE, PROCESSOR = "preprocessor_config.json", "processor_config.json"  # the second holds it as "image_processor"
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 CROP_SHARE = 224 / 256  # ConvNextImageProcessor's default crop_pct
+ROUNDING = 5e-4  # means and deviations that are written with three digits
 SQUASHED_FROM = 384  # pixels from which on ConvNextImageProcessor does not crop
 
 
@@ -40,6 +43,26 @@ def preparation(folder: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{folder}: {FILE}: {error}") from None
     return {name: value for name, value in fields.items() if name not in given}
+
+
+def normalisation_differences(folder: str | Path, encoder: Any) -> list[str]:
+    """Where the folder normalises pixels otherwise than an encoder, whose weights would then see other numbers.
+
+    Empty if the folder does not say how. How pictures are made square may differ: published models do so.
+    """
+    found = _read(Path(folder))
+    if found is None:
+        return []
+    try:
+        there = _normalisation(found)
+    except (KeyError, TypeError, ValueError) as error:
+        return [f"{FILE}: {error}"]
+    here = {name: tuple(getattr(encoder, name)) for name in there}
+    return [
+        f"image_{name} {list(there[name])} there, {name} {list(here[name])} here"
+        for name in there
+        if not np.allclose(there[name], here[name], rtol=0, atol=ROUNDING)
+    ]
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

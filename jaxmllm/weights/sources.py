@@ -13,6 +13,7 @@ import numpy as np
 from jaxmllm.weights import families
 from jaxmllm.weights.convert import KeyMap, misfits
 from jaxmllm.weights.hf_config import differences, read_config
+from jaxmllm.weights.hf_pictures import normalisation_differences
 from jaxmllm.weights.hub import download
 from jaxmllm.weights.load import Abstract, load_arrays, unequal
 from jaxmllm.weights.safetensors import Folder, open_folder
@@ -64,9 +65,14 @@ class FolderPart:
         return found.under("", self.name.replace(".", "_") + "/")
 
     def problems(self) -> list[str]:
-        """All differences in size in one line, else all tensors that do not fit. Reads only config.json and headers."""
+        """All differences from the folder's sizes and normalisation in one line, else all tensors that do not fit.
+
+        Reads only the JSON files and the headers of the tensors.
+        """
         config = self.source.config
         sizes = differences(families.describe(config, self.name, self.module, self.length), self.module)
+        if families.part_kind(self.name) == "encoder":
+            sizes += normalisation_differences(self.source.path, self.module)
         if sizes:
             return [f"{'; '.join(sizes)} ({self.source.name})"]
         return misfits(self.key_map, self.source.folder, {path: x.shape for path, x in self.abstract.items()})
