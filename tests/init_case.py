@@ -48,11 +48,11 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def model(**llm) -> MLLM:
+def model(vocab: int = 40, **llm) -> MLLM:
     """CLIP with a fuser that no Hugging Face folder holds, projector, Llama."""
     fields = dict(activation="quick_gelu", class_token=True, pre_norm=True, patch_bias=False)
     vit = ViT(28, 14, 16, 5, 2, 24, taps=(1, 3), **fields)
-    return MLLM({"a": vit}, {"a": MMFuser(4, 2)}, MLPProjector(2), Decoder(40, 16, 3, 4, 2, 24, **llm), {})
+    return MLLM({"a": vit}, {"a": MMFuser(4, 2)}, MLPProjector(2), Decoder(vocab, 16, 3, 4, 2, 24, **llm), {})
 
 
 def abstract_params(model: MLLM, mesh: jax.sharding.Mesh, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:

@@ -85,7 +85,7 @@ def test_resolving_fills_in_numbers_and_keeps_them(run, tmp_path, capsys, monkey
     assert align.epochs is None and instruct.steps == run.stages[1].steps
     assert align.data == {"packing": False, "seq_len": 200, "shards": 8} and instruct.data == {"shards": 8}
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and f"stage align: 2 epochs are {align.steps} steps" in said[0]
+    assert len(said) == 1 and f"stage align: epochs=2 makes {align.steps} steps" in said[0]
     assert resolve(found) == found == recipes.from_document(recipes.to_document(found), "config.json")
 
     monkeypatch.setattr(build, "steps_of_epochs", lambda *_: 12345)  # the data has changed

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def fail(error: Exception, code: int) -> int:
     """Prints an error as one line and returns `code`."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    text = "; ".join(filter(None, lines)) or type(error).__name__
     print(f"jaxmllm: {text}", file=sys.stderr)
     return code

@@ -132,7 +132,7 @@ def resolve_steps(run: Run, stage: Stage, saved: int | None = None, keep: bool =
     else:
         sources, spec = weighted_sources(stage), sample_spec(run, stage)
         steps = steps_of_epochs(stage.epochs, stage.rows, sources, spec, run.data_of(stage).packing)
-        text = f"stage {stage.name}: {stage.epochs:g} epochs are {steps} steps"
+        text = f"stage {stage.name}: epochs={stage.epochs:g} makes {steps} steps"
     if saved and steps != saved:
         mend = f"if the data has changed, --accept-changed-data keeps the {saved}; otherwise use another --workdir"
         raise ConfigError(f"{text}, but the workdir's config.json has {saved}: {mend}")

@@ -1,0 +1,129 @@
+"""docs/your_weights.md, as it stands, with tiny random models."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jaxmllm.fusers.single import Single
+from jaxmllm.mesh import Mesh
+from jaxmllm.weights.safetensors import write_folder
+from tests import hf_files, init_case
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "your_weights.md").read_text()
+SMALL = ["data.seq_len=96", "stages.align.rows=4", "stages.instruct.rows=4", "stages.instruct.evals.0.every=1"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer with ChatML's tokens -> its size."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab_size()
+
+
+def write_weights(root: Path) -> None:
+    llm, clip = root / "llm", root / "clip"
+    llm.mkdir(parents=True)
+    model = init_case.model(vocab=write_tokenizer(llm)).clone(fusers={"a": Single()})
+    abstract = init_case.abstract_params(model, Mesh(fsdp=1).build(jax.devices()[:1]))
+    params = {path: 0.1 * x for path, x in init_case.random(abstract).items()}
+    hf_files.write(llm, init_case.TEXT | {"vocab_size": model.llm.vocab})
+    write_folder(llm, init_case.llama(model, params))
+    pictures = hf_files.CLIP_L_336_PICTURES | {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    hf_files.write(clip, {"model_type": "clip", "vision_config": init_case.VISION}, pictures)
+    write_folder(clip, init_case.tower(model, params, "vision_model."))
+
+
+def write_data(root: Path) -> None:
+    images = root / "images"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = ["pond.jpg", *(f"{i}.jpg" for i in range(11))]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(images / name)
+    turns = [{"from": "human", "value": "<image>\nWhat swims here?"}, {"from": "gpt", "value": "Two ducks."}]
+    records = [{"id": str(i), "image": name, "conversations": turns} for i, name in enumerate(names)]
+    (root / "chat.json").write_text(json.dumps(records[:9]))
+    (root / "heldout.json").write_text(json.dumps(records[9:]))
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+    """What each command of the page printed, by its first two words."""
+    folder = tmp_path_factory.mktemp("mine")
+    write_weights(folder / "weights")
+    write_data(folder / "data")
+    (recipe,) = blocks("python")
+    (folder / "mine.py").write_text(recipe)
+    found, env = {"folder": folder}, {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in "".join(blocks("sh")).splitlines():
+        program, *args = shlex.split(command)
+        assert program == "jaxmllm"
+        args += ["--set", *SMALL] * (args[0] == "train")
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxmllm", *args], cwd=folder, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found[args[0]] = done
+    return found
+
+
+def test_every_command_of_the_page_runs(outputs):
+    assert outputs.keys() == {"folder", "data", "train", "eval", "chat"}
+    assert "9" in outputs["data"].stdout
+    assert outputs["chat"].stdout.startswith("model: ")
+    assert "next_token" in outputs["eval"].stdout
+
+
+def test_each_part_says_what_it_starts_from(outputs):
+    text = outputs["train"].stderr
+    assert re.search(
+        r"^llm: weights/llm, 30 tensors, [\d,]+ parameters, frozen, float32, fingerprint \w{16}$", text, re.M
+    )
+    left_out = r"left out: vision_model.encoder.layers.4, vision_model.post_layernorm: after the last tap$"
+    assert re.search(
+        rf"^encoders.clip: weights/clip, .*, frozen, float32, fingerprint \w{{16}}, {left_out}", text, re.M
+    )
+    assert re.search(r"^aggregator: random, 4 tensors, [\d,]+ parameters, trainable, rate x 1, float32$", text, re.M)
+    assert "stage align: epochs=1 makes 3 steps" in text and "stage instruct: epochs=2 makes 5 steps" in text
+
+
+def test_it_trains_and_is_measured(outputs):
+    rows = [json.loads(line) for line in open(outputs["folder"] / "runs" / "mine" / "metrics.jsonl")]
+    measured = [row["next_token"] for row in rows if row.get("eval") == "held_out_loss"]
+    assert len(measured) == 5 and np.isfinite(measured).all()
+
+
+def test_a_run_of_the_page_starts_another(outputs):
+    """Its config is the recipe of a new run, and its weights are a source."""
+    args = ["train", "runs/mine", "--workdir", "runs/next", "--set", "init.rest=run:runs/mine", "init.llm=None"]
+    args += ["init.encoders={}", "stages.align.steps=1", "stages.instruct.steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmllm", *args],
+        cwd=outputs["folder"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(": run:runs/mine/instruct/5, ") == 3
