@@ -23,6 +23,8 @@ from jaxmllm.host_batches import global_from_copies
 from jaxmllm.llms import presets as llms
 from jaxmllm.mesh import Mesh
 from jaxmllm.mllm import MLLM
+from jaxmllm.objectives.next_token import NextToken
+from jaxmllm.processes import join_processes
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.state import flatten, unflatten
 from jaxmllm.weights.parts import load_parts
@@ -35,7 +37,7 @@ def model_of(folder: str) -> MLLM:
     """LLaVA's model, with nothing but the folder's own sizes."""
     encoder = encoders.from_folder(folder, remat="none", **PICTURES)
     llm = llms.from_folder(folder, remat="none")
-    return MLLM({"clip": encoder}, {"clip": Single()}, MLPProjector(encoder.side), llm, {})
+    return MLLM({"clip": encoder}, {"clip": Single()}, MLPProjector(encoder.side), llm, {"next_token": NextToken()})
 
 
 def batch_of(model: MLLM, tokens: np.ndarray, labels: np.ndarray, images: np.ndarray) -> Batch:
@@ -72,13 +74,14 @@ def outputs(model: MLLM, params: dict, batch: Batch):
         table = sharded.gather_param(model.llm.output_table(), ("vocab", "embed"))
         logits = sharded.einsum("bsh,vh->bsv", states, table, "batch", "length", "vocab")
         term = model(batch, ("next_token",))[0]["next_token"]
-        return logits, jnp.where(term.mask, term.values, 0).sum() / term.mask.sum()
+        return sharded.shard(logits, None, None, None), jnp.where(term.mask, term.values, 0).sum() / term.mask.sum()
 
     with jax.default_matmul_precision("highest"):
         return jax.jit(lambda p, b: model.apply({"params": unflatten(p)}, b, method=run))(params, batch)
 
 
 def main(folder: str, inputs: str, result: str, *axes: str) -> None:
+    join_processes(False)
     sharded.MIN_FSDP_SIZE = 64  # so that small weights are split too
     arrays, model = np.load(inputs), model_of(folder)
     mesh = Mesh(**{name: int(size) for name, size in (axis.split("=") for axis in axes)}).build()
@@ -92,7 +95,8 @@ def main(folder: str, inputs: str, result: str, *axes: str) -> None:
         assert len(split) > 10 or mesh.size == 1, split
         batch = global_from_copies(batch_of(model, **arrays), mesh)
         logits, loss = outputs(model, params, batch)
-        np.savez(result, logits=np.asarray(logits), loss=np.asarray(loss), reports=[str(r) for r in reports])
+        if jax.process_index() == 0:
+            np.savez(result, logits=np.asarray(logits), loss=np.asarray(loss), reports=[str(r) for r in reports])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""A LLaVA folder that transformers wrote gives its logits and loss here, on one device and on eight."""
+"""A LLaVA folder that transformers wrote gives its logits and loss here, on one device, on eight, in two processes."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, simulated
+from tests.conftest import finish, start_processes
 from tests.llava_case import IMAGE, PICTURES
 from tests.parity import TOLERANCE, randomise
 
@@ -16,7 +13,12 @@ torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
-MESHES = {1: ["fsdp=1"], 8: ["data=2", "fsdp=2", "tensor=2"]}
+# (processes, devices of each, mesh)
+MESHES = [
+    (1, 1, ["fsdp=1"]),
+    (1, 8, ["data=2", "fsdp=2", "tensor=2"]),
+    (2, 2, ["data=2", "fsdp=2"]),
+]
 TOWERS = {
     "clip": (transformers.CLIPVisionConfig, dict(hidden_act="quick_gelu"), "default"),
     "siglip": (transformers.SiglipVisionConfig, {}, "full"),
@@ -68,12 +70,10 @@ def test_llava(tower, llm, tmp_path):
             labels=torch.tensor(inputs["labels"], dtype=torch.long),
             pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32),
         )
-    for devices, axes in MESHES.items():
-        out = tmp_path / f"{devices}.npz"
-        paths = map(str, (tmp_path / "folder", tmp_path / "inputs.npz", out))
-        command = [sys.executable, "-m", "tests.llava_case", *paths, *axes]
-        done = subprocess.run(command, cwd=ROOT, env=simulated(devices), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for processes, devices, axes in MESHES:
+        out = tmp_path / f"{processes}_{devices}.npz"
+        paths = tmp_path / "folder", tmp_path / "inputs.npz", out
+        finish(start_processes(processes, devices, *paths, *axes, prefix=("-m", "tests.llava_case")))
         ours = np.load(out)
         np.testing.assert_allclose(ours["logits"], theirs.logits.numpy(), rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(ours["loss"], theirs.loss.numpy(), rtol=0, atol=TOLERANCE)

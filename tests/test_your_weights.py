@@ -28,6 +28,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
 
 
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess:
+    """Python with these arguments, in a folder; it must succeed."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def write_tokenizer(folder: Path) -> int:
     """A byte-level tokenizer with ChatML's tokens -> its size."""
     tokenizer = Tokenizer(models.BPE())
@@ -75,16 +83,12 @@ def outputs(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
     write_data(folder / "data")
     (recipe,) = blocks("python")
     (folder / "mine.py").write_text(recipe)
-    found, env = {"folder": folder}, {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = {"folder": folder}
     for command in "".join(blocks("sh")).splitlines():
         program, *args = shlex.split(command)
         assert program == "jaxmllm"
         args += ["--set", *SMALL] * (args[0] == "train")
-        done = subprocess.run(
-            [sys.executable, "-m", "jaxmllm", *args], cwd=folder, env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        found[args[0]] = done
+        found[args[0]] = run(folder, "-m", "jaxmllm", *args)
     return found
 
 
@@ -118,12 +122,16 @@ def test_a_run_of_the_page_starts_another(outputs):
     """Its config is the recipe of a new run, and its weights are a source."""
     args = ["train", "runs/mine", "--workdir", "runs/next", "--set", "init.rest=run:runs/mine", "init.llm=None"]
     args += ["init.encoders={}", "stages.align.steps=1", "stages.instruct.steps=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxmllm", *args],
-        cwd=outputs["folder"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(outputs["folder"], "-m", "jaxmllm", *args)
     assert done.stderr.count(": run:runs/mine/instruct/5, ") == 3
+
+
+def test_the_readme_snippet(outputs, tmp_path):
+    folders = {"weights/clip-vit-large-patch14-336": "weights/clip", "weights/vicuna-7b-v1.5": "weights/llm"}
+    (tmp_path / "weights").mkdir()
+    for link, folder in folders.items():
+        (tmp_path / link).symlink_to(outputs["folder"] / folder)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    done = run(tmp_path, "-c", snippet)
+    assert done.stdout.endswith("'aggregator'] 2 16\n") and "'encoders.clip'" in done.stdout
