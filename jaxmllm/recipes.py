@@ -221,7 +221,8 @@ def find_class(kind: str, trusted: Mapping[str, Any] | None) -> type:
         scope = trusted if module == "<run_path>" else getattr(sys.modules.get(module), "__dict__", {})
     found = scope.get(name)
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise ConfigError(f"the config names {kind}, which is not a class of jaxmllm; add --config with its FILE.py")
+        mend = "add --config with its FILE.py, or train from that file"
+        raise ConfigError(f"the config names {kind}, which is not a class of jaxmllm; {mend}")
     return found
 
 
