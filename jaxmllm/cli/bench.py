@@ -9,7 +9,7 @@ from jaxmllm.cli import common
 
 def add(commands) -> None:
     text = "time real training steps of a config on the devices of this machine"
-    parser = common.add_command(commands, "bench", run, text)
+    parser = common.add_command(commands, "bench", run, text, "jaxmllm bench configs/toy.py --steps 20")
     common.add_config(parser)
     parser.add_argument("--stage", help="stage to time (default: the last)")
     parser.add_argument("--steps", type=int, default=20)

@@ -9,7 +9,9 @@ from jaxmllm.cli import common
 
 
 def add(commands) -> None:
-    parser = common.add_command(commands, "chat", run, "talk to a checkpoint about a picture")
+    parser = common.add_command(
+        commands, "chat", run, "talk to a checkpoint about a picture", "jaxmllm chat runs/toy --image photo.jpg"
+    )
     parser.add_argument("workdir")
     parser.add_argument("--image", help="picture file")
     parser.add_argument("--prompt", help="the only question (default: read questions until end of input)")

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jaxmllm.errors import suggest
 
 if TYPE_CHECKING:
     from jaxmllm.config import Run
 
 
-def add_command(commands, name: str, run: Callable[[argparse.Namespace], int | None], text: str):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest name that there is."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = set(re.findall(r"--[\w-]+", found.parser.format_help()))
+            found.parser.error(f"it takes no {unknown[0]!r}{suggest(unknown[0], known)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong:
+            message = f"there is no command {wrong[1]!r}{suggest(wrong[1], re.findall(r'[a-z-]+', wrong[2]))}"
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help shows how it is used)\n")
+
+
+def add_command(commands, name: str, run: Callable[[argparse.Namespace], int | None], text: str, example: str):
     """Adds a command to the subparsers `commands`; returns its parser. run(args) returns the exit code; None is 0."""
-    parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
+    parser = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 

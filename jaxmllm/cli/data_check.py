@@ -9,7 +9,9 @@ from jaxmllm.cli import common
 
 def add(commands) -> None:
     text = "read every record and picture; exit code 1 if any is unusable"
-    parser = common.add_command(commands, "check", run, text)
+    parser = common.add_command(
+        commands, "check", run, text, "jaxmllm data check data/chat.json --image-root data/images"
+    )
     parser.add_argument("source", help="LLaVA JSON(L), ArrayRecord folder, or TFDS_FOLDER:SPLIT")
     common.add_image_root(parser)
 

@@ -9,7 +9,13 @@ from jaxmllm.cli import common
 
 
 def add(commands) -> None:
-    parser = common.add_command(commands, "convert", run, "write ArrayRecord shards")
+    parser = common.add_command(
+        commands,
+        "convert",
+        run,
+        "write ArrayRecord shards",
+        "jaxmllm data convert data/chat.json data/shards --image-root data/images",
+    )
     parser.add_argument("source", help="LLaVA JSON(L) or another source")
     parser.add_argument("out")
     common.add_image_root(parser)

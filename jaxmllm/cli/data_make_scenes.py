@@ -10,7 +10,9 @@ DEFAULTS = {"train": 20000, "heldout": 1500, "nouns": 16, "size": 96, "seed": 0}
 
 
 def add(commands) -> None:
-    parser = common.add_command(commands, "make-scenes", run, "write the data set of composed sprites")
+    parser = common.add_command(
+        commands, "make-scenes", run, "write the data set of composed sprites", "jaxmllm data make-scenes data/scenes"
+    )
     parser.add_argument("out")
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)

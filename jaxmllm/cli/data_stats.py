@@ -8,7 +8,9 @@ from jaxmllm.cli import common
 
 
 def add(commands) -> None:
-    parser = common.add_command(commands, "stats", run, "lengths and packing of a config's data sets")
+    parser = common.add_command(
+        commands, "stats", run, "lengths and packing of a config's data sets", "jaxmllm data stats configs/toy.py"
+    )
     common.add_config(parser)
 
 

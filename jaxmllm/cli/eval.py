@@ -12,7 +12,7 @@ from jaxmllm.cli import common
 
 def add(commands) -> None:
     text = "measure a checkpoint: by default, with questions in CV-Bench's row format"
-    parser = common.add_command(commands, "eval", run, text)
+    parser = common.add_command(commands, "eval", run, text, "jaxmllm eval runs/toy --rows data/scenes/heldout.jsonl")
     parser.add_argument("workdir")
     parser.add_argument("--rows", help="JSONL file of rows")
     parser.add_argument(

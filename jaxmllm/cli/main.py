@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from jaxmllm.cli import bench, chat, data_check, data_convert, data_make_scenes, data_stats, eval, plan, train
+from jaxmllm.cli import bench, chat, common, data_check, data_convert, data_make_scenes, data_stats, eval, plan, train
 from jaxmllm.errors import check_local
 from jaxmllm.processes import keep_freed_memory
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser("jaxmllm", description="Train, query and measure multimodal language models.")
+    top = common.Parser("jaxmllm", description="Train, query and measure multimodal language models.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands)

@@ -10,7 +10,7 @@ from jaxmllm.cli import common
 
 def add(commands) -> None:
     text = "compile a config for a TPU slice, without one at hand: memory, cycles, traffic, predicted MFU"
-    parser = common.add_command(commands, "plan", run, text)
+    parser = common.add_command(commands, "plan", run, text, "jaxmllm plan configs/llama3_8b.py --topology v5p:4x4x4")
     common.add_config(parser)
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE", help="v4, v5e, v5p, v6e or tpu7x and a shape: v5p:4x4x4"

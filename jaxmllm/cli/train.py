@@ -11,7 +11,9 @@ from jaxmllm.cli import common
 
 def add(commands) -> None:
     text = "train a config; the same command again resumes where it stopped"
-    parser = common.add_command(commands, "train", run, text)
+    parser = common.add_command(
+        commands, "train", run, text, "jaxmllm train configs/toy.py --workdir runs/mine --set stages.align.steps=500"
+    )
     common.add_config(parser)
     common.add_overrides(parser)
     parser.add_argument("--workdir", help="folder for all output (default: runs/NAME)")
