@@ -23,7 +23,9 @@ from tests.hf_files import write
     "config, preset, length",
     [
         (hf_files.LLAMA_3_8B, llms.llama3_8b(), None),
+        (hf_files.LLAMA_3_8B | {"rope_scaling": hf_files.LLAMA_3_1}, llms.llama3_1_8b(), None),
         (hf_files.QWEN2_5_0_5B, llms.qwen2_5_0_5b(), None),
+        (hf_files.QWEN3_8B, llms.qwen3_8b(), None),
         (hf_files.PHI3_MINI, llms.phi3_mini(), 2047),
         (hf_files.MISTRAL_7B, llms.llama3_8b(vocab=32000, rope_theta=10000.0), 4096),
         (hf_files.LLAVA_1_5, llms.vicuna_7b(vocab=32064), None),  # older files leave out what is a default
@@ -39,8 +41,11 @@ def test_language_model(config, preset, length, tmp_path):
 @pytest.mark.parametrize(
     "config, change, says",
     [
-        (hf_files.LLAMA_3_8B, {"rope_scaling": hf_files.LLAMA_3_1}, "rope_scaling of type 'llama3'"),
-        (hf_files.LLAMA_3_8B, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
+        (
+            hf_files.LLAMA_3_8B,
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling of type 'dynamic' cannot be built here, only default, linear, llama3",
+        ),
         (hf_files.LLAMA_3_8B, {"hidden_act": "gelu"}, "hidden_act 'gelu' cannot be built here, only 'silu'"),
         (hf_files.LLAMA_3_8B, {"attention_bias": True, "mlp_bias": True}, "attention_bias True.*; mlp_bias True"),
         (hf_files.PHI3_MINI, {}, "sliding_window 2047 is shorter than 4096 tokens"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmllm.llms.decoder import Decoder
+from jaxmllm.nn.rope import LinearScaling, Llama3Scaling
 from jaxmllm.weights import key_maps
 from jaxmllm.weights.convert import import_weights
 from jaxmllm.weights.safetensors import open_folder
@@ -28,12 +29,33 @@ def qwen2(**fields):
     return transformers.Qwen2ForCausalLM(config), dict(eps=1e-6, qkv_bias=True), key_maps.llama
 
 
+def llama3_1(**fields):
+    """Rows of 11 tokens, longer than the original 8 of the scaled frequencies."""
+    scaling = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=2.0, original_max_position_embeddings=8)
+    rope = scaling | dict(rope_type="llama3", rope_theta=100.0)
+    config = transformers.LlamaConfig(rope_parameters=rope, rms_norm_eps=1e-5, **fields)
+    ours = dict(rope_theta=100.0, rope_scaling=Llama3Scaling(**scaling))
+    return transformers.LlamaForCausalLM(config), ours, key_maps.llama
+
+
+def linear(**fields):
+    config = transformers.LlamaConfig(
+        rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4), rms_norm_eps=1e-5, **fields
+    )
+    return transformers.LlamaForCausalLM(config), dict(rope_scaling=LinearScaling(factor=2.5)), key_maps.llama
+
+
+def qwen3(**fields):
+    config = transformers.Qwen3Config(rms_norm_eps=1e-6, head_dim=12, **fields)
+    return transformers.Qwen3ForCausalLM(config), dict(eps=1e-6, qk_norm=True, head_dim=12), key_maps.llama
+
+
 def phi3(**fields):
     config = transformers.Phi3Config(rms_norm_eps=1e-5, **fields)
     return transformers.Phi3ForCausalLM(config), {}, key_maps.phi3
 
 
-@pytest.mark.parametrize("family", [llama, qwen2, phi3])
+@pytest.mark.parametrize("family", [llama, llama3_1, linear, qwen2, qwen3, phi3])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_language_model(family, tied, tmp_path):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, vocab_size=60, pad_token_id=0)

@@ -79,6 +79,9 @@ def test_only_blocks_that_are_read_are_built():
     "preset, parameters",
     [
         (llms.llama3_8b, 8_030_261_248),
+        (llms.llama3_1_8b, 8_030_261_248),
+        (llms.llama3_2_1b, 1_235_814_400),
+        (llms.qwen3_8b, 8_190_735_360),
         (llms.vicuna_7b, 6_738_415_616),
         (llms.vicuna_13b, 13_015_864_320),
         (llms.phi3_mini, 3_821_079_552),

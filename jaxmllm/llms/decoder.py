@@ -28,6 +28,8 @@ class DecoderBlock(nn.Module):
     rope_theta: float
     eps: float
     qkv_bias: bool
+    rope_scaling: Any = None
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x, cache, positions, segments, cache_index):
@@ -40,6 +42,8 @@ class DecoderBlock(nn.Module):
             use_bias=self.qkv_bias,
             out_bias=False,
             rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
+            norm_eps=self.eps if self.qk_norm else None,
             kernel_init=init,
             name="attn",
         )
@@ -67,6 +71,8 @@ class Decoder(nn.Module):
     eps: float = 1e-5
     tied: bool = False
     qkv_bias: bool = False
+    rope_scaling: Any = None  # nn.rope.Llama3Scaling, LinearScaling
+    qk_norm: bool = False  # an RMS norm of the queries and keys of each head
     inserts: VisualInserts | None = None
     remat: str = "full"
     unroll: int | bool = 1
@@ -89,7 +95,8 @@ class Decoder(nn.Module):
     def block(self) -> nn.Module:
         """A new block; all layers are copies of it."""
         head_dim = self.head_dim or self.width // self.heads
-        return DecoderBlock(self.heads, self.kv_heads, head_dim, self.mlp, self.rope_theta, self.eps, self.qkv_bias)
+        sizes = self.heads, self.kv_heads, head_dim, self.mlp
+        return DecoderBlock(*sizes, self.rope_theta, self.eps, self.qkv_bias, self.rope_scaling, self.qk_norm)
 
     def setup(self):
         self.embedding = Embed(self.vocab, self.width)

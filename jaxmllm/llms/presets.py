@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.llms.decoder import Decoder
+from jaxmllm.nn.rope import Llama3Scaling
 from jaxmllm.weights import hf_config
 
 
@@ -17,6 +18,23 @@ def llama3_8b(**fields: Any) -> Decoder:
     """meta-llama/Meta-Llama-3-8B and its Instruct version (of 3.0: rotary angles are not scaled)."""
     preset = dict(vocab=128256, width=4096, layers=32, heads=32, kv_heads=8, mlp=14336, rope_theta=500000.0)
     return Decoder(**preset | fields)
+
+
+def llama3_1_8b(**fields: Any) -> Decoder:
+    """meta-llama/Llama-3.1-8B and its Instruct version: Llama-3-8B's sizes, rotary angles scaled for longer rows."""
+    return llama3_8b(**dict(rope_scaling=_llama3_scaling(8.0)) | fields)
+
+
+def llama3_2_1b(**fields: Any) -> Decoder:
+    """meta-llama/Llama-3.2-1B and its Instruct version."""
+    preset = dict(vocab=128256, width=2048, layers=16, heads=32, kv_heads=8, mlp=8192, rope_theta=500000.0, tied=True)
+    return Decoder(**preset | dict(rope_scaling=_llama3_scaling(32.0)) | fields)
+
+
+def _llama3_scaling(factor: float) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
 
 
 def vicuna_7b(**fields: Any) -> Decoder:
@@ -48,6 +66,12 @@ def qwen2_5_7b(**fields: Any) -> Decoder:
     """Qwen/Qwen2.5-7B and its Instruct version."""
     preset = dict(vocab=152064, width=3584, layers=28, heads=28, kv_heads=4, mlp=18944)
     return _qwen2(preset | fields)
+
+
+def qwen3_8b(**fields: Any) -> Decoder:
+    """Qwen/Qwen3-8B."""
+    preset = dict(vocab=151936, width=4096, layers=36, heads=32, kv_heads=8, mlp=12288, head_dim=128, qk_norm=True)
+    return Decoder(**preset | dict(rope_theta=1000000.0, eps=1e-6) | fields)
 
 
 def _qwen2(fields: dict[str, Any]) -> Decoder:

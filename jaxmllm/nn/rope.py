@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -10,10 +11,41 @@ import jax.numpy as jnp
 from jaxmllm.nn import compiler
 
 
-def line_angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
-    """int32[B, S] -> float32[B, S, dim/2]: position * theta^(-2i/dim)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's scaling of frequencies for longer rows (rope_type "llama3" of transformers).
+
+    A frequency that turns fewer than `low_freq_factor` times within the tokens of the original rows is divided by
+    `factor`, one that turns more than `high_freq_factor` times is kept, and those between are mixed linearly.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __call__(self, frequency: jax.Array) -> jax.Array:
+        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = jnp.clip(kept, 0.0, 1.0)
+        return frequency * ((1 - kept) / self.factor + kept)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """All frequencies divided by `factor` (rope_type "linear" of transformers)."""
+
+    factor: float
+
+    def __call__(self, frequency: jax.Array) -> jax.Array:
+        return frequency / self.factor
+
+
+def line_angles(positions: jax.Array, dim: int, theta: float, scaling=None) -> jax.Array:
+    """int32[B, S] -> float32[B, S, dim/2]: position * theta^(-2i/dim), with frequencies scaled by `scaling`, if any."""
     half = dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = scaling(frequency) if scaling else frequency
     return positions.astype(jnp.float32)[..., None] * frequency
 
 

@@ -14,6 +14,7 @@ LLMS: dict[str, Callable[..., KeyMap]] = {
     "llama": key_maps.llama,
     "mistral": key_maps.llama,
     "qwen2": key_maps.llama,
+    "qwen3": key_maps.llama,
     "phi3": key_maps.phi3,
 }
 ENCODERS: dict[str, Callable[..., KeyMap]] = {

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmllm.nn.rope import LinearScaling, Llama3Scaling
+
 # model_type -> part -> the place of its config inside config.json ("" is the whole)
-LLMS = {name: {"llm": ""} for name in ("llama", "mistral", "qwen2", "phi3")}
+LLMS = {name: {"llm": ""} for name in ("llama", "mistral", "qwen2", "qwen3", "phi3")}
 ENCODERS = {
     **{name: {"encoder": ""} for name in ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")},
     **{name: {"encoder": ""} for name in ("dinov2", "dinov2_with_registers", "dinov3_vit", "convnext", "swin")},
@@ -28,6 +30,9 @@ ACTIVATIONS = {  # transformers' name -> ours
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu",
     "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
+
+
+ROPES = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}  # transformers' rope_type -> ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +128,15 @@ def decoder(config: Any, length: int | None = None) -> Description:
         "rope_theta": float(rope.get("rope_theta") or 0),
         "tied": bool(config.tie_word_embeddings),
         "qkv_bias": text.model_type == "qwen2",
+        "qk_norm": text.model_type == "qwen3",
+        "rope_scaling": rope_scaling(rope),
     }
-    names |= {"head_dim": "head_dim", "rope_theta": "rope_theta", "tied": "tie_word_embeddings", "qkv_bias": "qkv_bias"}
+    renamed = {"tied": "tie_word_embeddings"}
+    names |= {name: renamed.get(name, name) for name in fields if name not in names}
     refused = only(text, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    if rope.get("rope_type") != "default":
-        refused += (f"rope_scaling of type {rope.get('rope_type')!r} cannot be built here, only plain rotary angles",)
+    if rope.get("rope_type", "default") not in ROPES:
+        known = ", ".join(ROPES)
+        refused += (f"rope_scaling of type {rope['rope_type']!r} cannot be built here, only {known}",)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refused += (f"partial_rotary_factor {rope['partial_rotary_factor']} cannot be built here, only 1.0",)
     window, length = getattr(text, "sliding_window", None), length or text.max_position_embeddings
@@ -137,6 +146,12 @@ def decoder(config: Any, length: int | None = None) -> Description:
             f"give length={window} if no sequence is longer",
         )
     return Description("Decoder", fields, names, refused)
+
+
+def rope_scaling(rope: Mapping[str, Any]) -> Any:
+    """How the folder scales rotary frequencies, None if it does not."""
+    scaling = ROPES.get(rope.get("rope_type"))
+    return scaling(**{field.name: rope[field.name] for field in dataclasses.fields(scaling)}) if scaling else None
 
 
 def projector(config: Any) -> Description:

@@ -21,12 +21,15 @@ from jaxmllm.weights.convert import FLAT, FLAT_GRID, LEADING_ONE, Entry, KeyMap,
 
 
 def llama(decoder: Decoder, body: str = "model", head: str = "lm_head") -> KeyMap:
-    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM (which has biases on q, k, v), others with the same keys.
+    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM (with biases on q, k, v), Qwen3ForCausalLM (with norms of
+    q and k), others with the same keys.
 
     body, head: prefixes of the layers and of the output table, which differ inside multimodal models.
     """
     bias = decoder.qkv_bias
     attention = join(dense(f"self_attn.{x}_proj", f"attn/{x}", bias=bias) for x in "qkv")
+    if decoder.qk_norm:
+        attention += join(norm(f"self_attn.{x}_norm", f"attn/{x}_norm", bias=False) for x in "qk")
     mlp = join(dense(f"mlp.{x}_proj", f"mlp/{x}", bias=False) for x in ("gate", "up"))
     return _causal_lm(decoder, attention + mlp, body, head)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmllm import sharded
 from jaxmllm.nn.attention.choose import dot_product_attention
 from jaxmllm.nn.attention.plain import shard_kv
-from jaxmllm.nn.primitives import Init, Linear
+from jaxmllm.nn.primitives import Init, Linear, Norm
 from jaxmllm.nn.rope import line_angles, rotate
 
 
@@ -18,7 +20,8 @@ class Attention(nn.Module):
     """Multi-head self-attention: x [B, S, H] -> (y [B, S, H], cache).
 
     heads: query heads, a multiple of kv_heads (grouped-query attention). rope_theta: base of rotary positions; None: no
-    positions. key_bias=False: keys have no bias even if queries and values have one (DINOv3).
+    positions. rope_scaling: see nn/rope.py. key_bias=False: keys have no bias even if queries and values have one
+    (DINOv3). norm_eps: queries and keys of each head pass an RMS norm first (Qwen3); None: no norm.
     positions int32[B, S]; segments int32[B, S], or a pair of those of queries and keys. angles float32[1, S, D/2]:
     rotations to use instead of those of the positions. cache: None, or {"k", "v": [B, T, K, D], "segments":
     int32[B, T]}, which is written from slot `cache_index` on; the queries then attend to all slots written so far.
@@ -32,6 +35,8 @@ class Attention(nn.Module):
     out_bias: bool = True
     key_bias: bool = True
     rope_theta: float | None = None
+    rope_scaling: Any = None
+    norm_eps: float | None = None
     kernel_init: Init | None = None
 
     @nn.compact
@@ -42,8 +47,10 @@ class Attention(nn.Module):
         q = Linear((kv, self.heads // kv, self.head_dim), out_axes=("heads", None, None), name="q", **common)(x)
         k = Linear((kv, self.head_dim), out_axes=("heads", None), name="k", **key)(x)
         v = Linear((kv, self.head_dim), out_axes=("heads", None), name="v", **common)(x)
+        if self.norm_eps is not None:
+            q, k = Norm("rms", self.norm_eps, name="q_norm")(q), Norm("rms", self.norm_eps, name="k_norm")(k)
         if self.rope_theta is not None:
-            angles = line_angles(positions, self.head_dim, self.rope_theta)
+            angles = line_angles(positions, self.head_dim, self.rope_theta, self.rope_scaling)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
