@@ -116,7 +116,7 @@ def test_one_pass_has_each_sample_once_and_the_processes_share_it(tmp_path, pack
 
 @pytest.mark.long
 def test_two_processes_measure_what_one_does(scenes, case, tmp_path):
-    """The devices differ too: 1, and 2 x 2, once with tensor parallelism across processes, which read the same rows."""
+    """The devices differ too: 1, 2 x 2, and 2 x 1 with tensor parallelism, where both processes read the same rows."""
     steps = {"stages.align.steps": 1, "stages.instruct.steps": 1}
     jaxmllm("train", *settings(scenes, **steps), "--workdir", tmp_path)
     task = tmp_path / "task.py"
@@ -125,8 +125,8 @@ def test_two_processes_measure_what_one_does(scenes, case, tmp_path):
     args = ("eval", tmp_path, "--task", f"{task}:held_out")
     jaxmllm(*args, "--out", tmp_path / "one.json")
     one = json.loads((tmp_path / "one.json").read_text())
-    for mesh in ("mesh.tensor=1", "mesh.tensor=4"):
-        finish(start_processes(2, 2, *args, "--out", tmp_path / "two.json", "--set", mesh, "mesh.fsdp=-1"))
+    for devices, mesh in ((2, "mesh.tensor=1"), (1, "mesh.tensor=2")):
+        finish(start_processes(2, devices, *args, "--out", tmp_path / "two.json", "--set", mesh, "mesh.fsdp=-1"))
         two = json.loads((tmp_path / "two.json").read_text())
         assert one.keys() == two.keys()
         assert [two[k] for k in one if k != "train_seconds"] == pytest.approx(

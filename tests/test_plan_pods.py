@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxmllm import mesh, recipes
+from jaxmllm.plan.report import fixed_steps
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, stage_program
 from tests.conftest import ROOT
@@ -30,7 +31,7 @@ def test_every_config_lowers_on_a_pod(name, sizes):
     pod = AbstractMesh(
         tuple(getattr(sizes, axis) for axis in mesh.AXES), mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES)
     )
-    stage = run.stages[-1]
+    stage = fixed_steps(run.stages[-1])
     stage = dataclasses.replace(stage, rows=mesh.data_shards(pod) * stage.accumulate)
     with jax.sharding.use_abstract_mesh(pod):
         params, new_train_state, step = stage_program(run, stage, pod)
