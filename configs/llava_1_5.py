@@ -29,7 +29,16 @@ def config() -> Run:
             objectives={"next_token": NextToken()},
         ),
         # As published, a row holds one sample. Packing several into a row trains the same tokens in fewer rows.
-        data=Data(tokenizer="data/vicuna/tokenizer", template=VICUNA_V1, seq_len=2048, image_slots=1, packing=False),
+        # Conversations that are longer than a row, which LLaVA cuts, are left out and listed: max_bad allows for those
+        # of its 40,000 from ShareGPT.
+        data=Data(
+            tokenizer="data/vicuna/tokenizer",
+            template=VICUNA_V1,
+            seq_len=2048,
+            image_slots=1,
+            packing=False,
+            max_bad=40_000,
+        ),
         stages=(
             Stage(
                 name="align",

@@ -46,6 +46,8 @@ def test_language_model(config, preset, length, tmp_path):
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_scaling of type 'dynamic' cannot be built here, only default, linear, llama3",
         ),
+        (hf_files.LLAMA_3_8B, {"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor '2' is no number"),
+        (hf_files.LLAMA_3_8B, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         (hf_files.LLAMA_3_8B, {"hidden_act": "gelu"}, "hidden_act 'gelu' cannot be built here, only 'silu'"),
         (hf_files.LLAMA_3_8B, {"attention_bias": True, "mlp_bias": True}, "attention_bias True.*; mlp_bias True"),
         (hf_files.PHI3_MINI, {}, "sliding_window 2047 is shorter than 4096 tokens"),

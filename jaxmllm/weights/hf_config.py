@@ -30,8 +30,6 @@ ACTIVATIONS = {  # transformers' name -> ours
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu",
     "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
-
-
 ROPES = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}  # transformers' rope_type -> ours
 
 
@@ -149,9 +147,15 @@ def decoder(config: Any, length: int | None = None) -> Description:
 
 
 def rope_scaling(rope: Mapping[str, Any]) -> Any:
-    """How the folder scales rotary frequencies, None if it does not."""
+    """How the folder scales rotary frequencies, None if it does not. Raises ValueError for what is no number."""
     scaling = ROPES.get(rope.get("rope_type"))
-    return scaling(**{field.name: rope[field.name] for field in dataclasses.fields(scaling)}) if scaling else None
+    if scaling is None:
+        return None
+    fields = {field.name: rope[field.name] for field in dataclasses.fields(scaling)}
+    for name, value in fields.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"rope_scaling: {name} {value!r} is no number")
+    return scaling(**fields)
 
 
 def projector(config: Any) -> Description:
