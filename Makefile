@@ -33,11 +33,11 @@ demo: install
 	@test ! -d $(RUN) || find $(RUN) -mindepth 1 -maxdepth 1 ! -name xla_cache -exec rm -rf {} +
 	@echo "== 1 of 5: composing scenes with exact answers in $(SCENES): half a minute"
 	@$(BIN)/jaxmllm data make-scenes $(SCENES)
-	@echo "== 2 of 5: training configs/toy.py in $(RUN), interrupted at its first checkpoint: two minutes"
+	@echo "== 2 of 5: training configs/toy.py in $(RUN), interrupted after its first checkpoint: two to five minutes"
 	@$(BIN)/jaxmllm train configs/toy.py --workdir $(RUN) & pid=$$!; \
 	  until ls $(RUN)/align/checkpoints 2>/dev/null | grep -qx '[0-9]*' || ! kill -0 $$pid 2>/dev/null; do sleep 1; done; \
 	  kill -TERM $$pid 2>/dev/null; wait $$pid
-	@echo "== 3 of 5: the same command again resumes: six minutes"
+	@echo "== 3 of 5: the same command again resumes: six to ten minutes"
 	@$(BIN)/jaxmllm train configs/toy.py --workdir $(RUN)
 	@echo "== 4 of 5: asking about scenes that it has never seen: half a minute"
 	@$(BIN)/jaxmllm eval $(RUN) --rows $(SCENES)/heldout.jsonl --train-rows $(SCENES)/train_rows.jsonl
