@@ -28,10 +28,12 @@ def refused(*args, code=2):
         ("model.llm.layers", "name=value"),
         ("model.llm.kv_heads=3", "multiple of kv_heads"),
         ("mesh.tensor=3", "does not fit 1 devices"),
+        ("stages.align.data.shards=3", "the virtual shards must divide the rows"),
     ],
 )
 def test_typo_in_set(scenes, tmp_path, assignment, says):
     assert says in refused("train", *settings(scenes), assignment, "--workdir", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_variant_or_file(tmp_path):

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from tensorboardX.proto import event_pb2
 
 from jaxmllm.config import ConfigError, Run, Stage
 from jaxmllm.recipes import check_resumable, from_document, load, override, to_document
+from jaxmllm.train.events import records
 from jaxmllm.train.loggers import JsonLines, TensorBoard, WeightsAndBiases
 from jaxmllm.train.metrics import ENOUGH, Reporter, report
 from jaxmllm.train.optim import note_gradients, rate
@@ -62,29 +62,28 @@ def test_json_lines_forgets_what_comes_again(tiny, tmp_path):
 
 def events(folder) -> list:
     """The events in a folder's files, in order."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while data:  # length, its checksum, event, its checksum
-            size = int.from_bytes(data[:8], "little")
-            found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
-            data = data[16 + size :]
-    return found
+    return [event for path in sorted(folder.iterdir()) for _, event in records(path.read_bytes())]
 
 
-def test_tensorboard_marks_where_a_run_goes_on(tiny, tmp_path):
+def test_tensorboard_holds_each_step_once(tiny, tmp_path):
+    folder = tmp_path / "tensorboard" / "align"
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         log = TensorBoard().open(str(tmp_path), tiny, tiny.stages[0], start)
         for step in steps:
             log.write({"loss": 0.5, "grad_norm": 2.0}, step)
         log.write({"loss": 0.25, "accuracy": None}, steps[-1], "held_out")
-        log.close()
-    found = events(tmp_path / "tensorboard" / "align")
+        if not start:  # killed: it has not closed its file, and the last record is cut off
+            path = next(folder.iterdir())
+            path.write_bytes(path.read_bytes() + b"\x18\0\0\0\0\0\0\0\0\0\0\0\t")
+        else:
+            log.close()
+    found = events(folder)
     scalars = [(e.step, v.tag) for e in found for v in e.summary.value]
-    trained = [(step, tag) for step in (1, 2, 3, 3, 4) for tag in ("loss", "grad_norm")]
+    trained = [(step, tag) for step in (1, 2, 3, 4) for tag in ("loss", "grad_norm")]
     assert [each for each in scalars if "/" not in each[1]] == trained
-    assert [each for each in scalars if "/" in each[1]] == [(3, "held_out/loss"), (4, "held_out/loss")]
-    assert [e.step for e in found if e.HasField("session_log")] == [3]  # earlier events from step 3 on are void
+    assert [each for each in scalars if "/" in each[1]] == [(4, "held_out/loss")]
+    assert [e.step for e in found if e.HasField("session_log")] == [3]  # a TensorBoard that runs forgets step 3
+    assert all(path.name.startswith("events.out.tfevents.") for path in folder.iterdir())
 
 
 def test_loggers_may_change_on_resume(tiny):
@@ -163,13 +162,13 @@ def test_rows_hold_the_rate_of_their_step_and_come_once(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("folder", ["runs/a/align/checkpoints/4", None])
+@pytest.mark.parametrize("folder", ["runs/a/align/checkpoints/3", None])
 def test_what_is_not_finite_stops_with_the_checkpoint_to_go_back_to(tiny, tmp_path, name, folder):
     one, kept = reporter(tiny, tmp_path)
-    checkpoints = SimpleNamespace(wait=lambda: None, newest_folder=lambda: folder)
+    checkpoints = SimpleNamespace(stage="align", wait=lambda: None, newest_folder=lambda: folder, latest=lambda: 3)
     with pytest.raises(FloatingPointError) as error:
         report(one, 5, metrics(**{name: math.nan}), checkpoints)  # a step without a row
-    where = folder or "none of this stage yet"
+    where = folder or "none yet"
     assert str(error.value) == f"{name} is nan at step 5 of stage align; checkpoint to go back to: {where}"
     assert not kept
 

@@ -163,9 +163,23 @@ def test_the_moving_average_is_kept_and_evaluation_reads_it(run, broken):
         np.testing.assert_array_equal(found["w"], last[group]["w"])
 
 
-def test_a_trace_of_some_steps(run, tmp_path, capsys):
+def test_a_refused_run_has_not_claimed_its_workdir(run, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("the weights do not fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "start_stage", refuse)
+        with pytest.raises(ValueError, match="the weights do not fit"):
+            train(run, tmp_path)
     with pytest.raises(ConfigError, match="--profile 2:9: stage align is to train steps 1 to 6"):
         train(run, tmp_path, profile=(2, 9))
+    assert not (tmp_path / "config.json").exists()
+    train(dataclasses.replace(run, seed=1), tmp_path)  # so another config may use it
+    with pytest.raises(ConfigError, match="seed"):
+        train(run, tmp_path)
+
+
+def test_a_trace_of_some_steps(run, tmp_path, capsys):
     train(run, tmp_path, profile=(3, 4))
     with pytest.raises(ConfigError, match="trained to the end"):
         train(run, tmp_path, profile=(3, 4))
@@ -174,26 +188,58 @@ def test_a_trace_of_some_steps(run, tmp_path, capsys):
     assert re.match(r"trace of steps 3 to 4: .*/profile; to open it: pip install xprof, then xprof --logdir=", line)
 
 
-def test_what_is_not_finite_is_not_saved(run, tmp_path, monkeypatch):
-    nan = jax.device_put(np.float32("nan"))
+def spoiled(change):
+    """start_stage whose step number n gives change(n, state, metrics)."""
 
-    def poisoned(*arguments):
+    def start(*arguments):
         state, position, step = start_stage(*arguments)
-        done = iter(range(1, STEPS + 1))
+        numbers = iter(range(int(state.step) + 1, STEPS + 1))
+        return state, position, lambda state, batch: change(next(numbers), *step(state, batch))
 
-        def poisoned_step(state, batch):
-            state, metrics = step(state, batch)
-            return state, metrics | ({"grad_norm": nan} if next(done) >= 3 else {})
+    return start
 
-        return state, position, poisoned_step
 
-    monkeypatch.setattr(loop, "start_stage", poisoned)
+def checkpoints_in(workdir) -> list[str]:
+    return sorted(path.name for path in (workdir / "align" / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize("first, back, note", [(4, "2", ""), (5, "2", "4")])
+def test_a_step_that_is_not_finite_ends_the_run(run, tmp_path, monkeypatch, first, back, note):
+    """Also one without a row of metrics; a checkpoint that leads there at once is not the one to go back to."""
+    nan = jax.device_put(np.float32("nan"))
+    poison = lambda n, state, metrics: (state, metrics | ({"grad_norm": nan} if n >= first else {}))
+    monkeypatch.setattr(loop, "start_stage", spoiled(poison))
     with pytest.raises(FloatingPointError) as error:
         train(run, tmp_path)
     folder = tmp_path / "align" / "checkpoints"
-    assert str(error.value) == f"grad_norm is nan at step 4 of stage align; checkpoint to go back to: {folder / '2'}"
-    assert [path.name for path in folder.iterdir() if path.name.isdigit()] == ["2"]
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    said = f"grad_norm is nan at step {first} of stage align; checkpoint to go back to: {folder / back}"
+    assert str(error.value) == said + f" ({folder / note} leads here at once)" * bool(note)
+    assert checkpoints_in(tmp_path) == ["2", "4"][: 1 + bool(note)]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 4][: 2 + bool(note)]
+
+
+@pytest.mark.parametrize("value", ["nan", "1e30"])
+@pytest.mark.parametrize("group", ["trainable", "opt_state", "ema"])
+def test_a_state_that_is_ruined_is_not_saved(run, tmp_path, monkeypatch, group, value):
+    """The update just before a save ruins the state: the last good checkpoint stays, and a new start trains on."""
+
+    def ruin(n, state, metrics):
+        spoil = lambda x: x.at[0].set(float(value)) if x.shape == (WIDTH,) and n == 4 else x
+        with jax.transfer_guard("allow"):
+            return state.replace(**{group: jax.tree.map(spoil, getattr(state, group))}), metrics
+
+    monkeypatch.setattr(loop, "start_stage", spoiled(ruin))
+    if group == "opt_state" and value == "1e30":  # a second moment may be that large
+        return train(run, tmp_path)
+    with pytest.raises(FloatingPointError) as error:
+        train(run, tmp_path)
+    folder = tmp_path / "align" / "checkpoints"
+    assert str(error.value).startswith(group)
+    assert str(error.value).endswith(f"after step 4 of stage align; checkpoint to go back to: {folder / '2'}")
+    assert checkpoints_in(tmp_path) == ["2"]
+    monkeypatch.setattr(loop, "start_stage", start_stage)
+    train(run, tmp_path)
+    assert checkpoints_in(tmp_path) == ["2", "4", "6"]
 
 
 RECIPE = """

@@ -50,9 +50,12 @@ class StageCheckpoints:
         """The newest complete step, None if there is none."""
         return self.manager.latest_step()
 
-    def newest_folder(self) -> str | None:
-        """The folder of the newest complete step, None if there is none."""
-        return str(self.manager.directory / str(self.latest())) if self.latest() is not None else None
+    def newest_folder(self, before: int | None = None) -> str | None:
+        """The folder of the newest complete step (below `before`), or of the stages before; None if there is none."""
+        steps = [step for step in self.manager.all_steps() if before is None or step < before]
+        if steps:
+            return str(self.manager.directory / str(max(steps)))
+        return self.previous.newest_folder() if self.previous else None
 
     def saved_record(self) -> dict[str, Any]:
         """The record in the newest checkpoint."""

@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from jaxmllm.train.events import EventFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,25 +76,23 @@ def named(row: dict[str, float | None], task: str | None) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class TensorBoard:
-    """WORKDIR/tensorboard/STAGE: event files. TensorBoard hides rows that were written before and come again."""
+    """WORKDIR/tensorboard/STAGE: event files, one for each start of the stage."""
 
     def open(self, workdir: str, run: Any, stage: Any, step: int) -> TensorBoardWriter:
-        folder, purge = str(Path(workdir) / "tensorboard" / stage.name), step + 1 if step else None
-        return TensorBoardWriter(SummaryWriter(folder, purge_step=purge, flush_secs=10, filename_suffix=f".from{step}"))
+        return TensorBoardWriter(EventFile(Path(workdir) / "tensorboard" / stage.name, step))
 
 
 class TensorBoardWriter:
-    """One scalar per metric; those of a task are TASK/METRIC."""
+    """One scalar per metric; those of a task are TASK/METRIC. A killed process loses none."""
 
-    def __init__(self, board: SummaryWriter):
-        self.board = board
+    def __init__(self, file: EventFile):
+        self.file = file
 
     def write(self, row: dict[str, float | None], step: int, task: str | None = None) -> None:
-        for name, value in named(row, task).items():
-            self.board.add_scalar(name, value, step)
+        self.file.write(named(row, task), step)
 
     def close(self) -> None:
-        self.board.close()
+        self.file.close()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

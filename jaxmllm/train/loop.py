@@ -19,24 +19,25 @@ from jaxmllm.host_batches import global_from_rows, process_rows
 from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.train.compiler import use_random_kernel
+from jaxmllm.train.finite import check_state
 from jaxmllm.train.metrics import Reporter, report
 from jaxmllm.train.profile import Profiler
 from jaxmllm.train.session import Hooks, Session, StageTools
-from jaxmllm.train.setup import check_stages, claim_workdir, start_stage
+from jaxmllm.train.setup import check_stages, check_workdir, claim_workdir, start_stage
 from jaxmllm.train.stop import Stopped, StopSignal
 
 
 def run(config: Run, workdir: str, hooks: Hooks) -> None:
     """Trains all stages of `config` in `workdir`.
 
-    Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss or
-    gradient that is not finite.
+    Raises ConfigError for a workdir of another config, Stopped after a signal, FloatingPointError for a loss,
+    gradient or state that is not finite.
     """
     mesh = config.mesh.build()
     use_random_kernel(mesh)
     with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(hooks.profile, workdir)) as profiler:
         check_stages(config, mesh)
-        claim_workdir(config, workdir)
+        check_workdir(config, workdir)
         session = Session(config, workdir, mesh, hooks, stop, profiler)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))
@@ -55,18 +56,17 @@ def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> 
     """Sets a stage up and trains it; at the end everything is written and closed."""
     done = checkpoints.latest() or 0
     session.profiler.check(stage.name, done, stage.steps)
-    _, parts = process_rows(session.mesh)
-    reporter = Reporter(session.config, stage, session.workdir, done, parts)
-    tools = StageTools(session.hooks.make_loader(stage), checkpoints, reporter)
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(checkpoints.wait)
+        loader = at_end.enter_context(contextlib.closing(session.hooks.make_loader(stage)))
         state, position, step = start_stage(session.config, stage, session.mesh, checkpoints, session.hooks.load_parts)
         if position is not None:
-            tools.loader.set_state(position)
-        train(session, stage, tools, state, step)
-    finally:
-        tools.loader.close()
-        checkpoints.wait()
-        reporter.close()
+            loader.set_state(position)
+        claim_workdir(session.config, session.workdir)  # nothing refuses the run any more
+        parts = process_rows(session.mesh)[1]
+        reporter = Reporter(session.config, stage, session.workdir, done, parts)
+        at_end.callback(reporter.close)
+        train(session, stage, StageTools(loader, checkpoints, reporter), state, step)
 
 
 def train(session: Session, stage: Stage, tools: StageTools, state, step: Callable) -> None:
@@ -87,13 +87,14 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
             jax.block_until_ready(pending)  # the host stays one step ahead, so that what it waits for then is data
             if pending is None:
                 reporter.first_step()
-            elif reporter.is_due(done):
+            else:
                 report(reporter, done, pending, tools.checkpoints)
             done, pending = done + 1, metrics
             session.profiler.after(done, metrics, reporter.say)
             stopping = session.stop.asked(done) and done < stage.steps
             if done % session.config.save_every == 0 or done == stage.steps or stopping:
                 report(reporter, done, pending, tools.checkpoints)
+                check_state(state, done, tools.checkpoints)
                 tools.checkpoints.save(state, tools.loader.get_state())
             reporter.look_for_unreached(done, state)
             if stopping:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 import time
@@ -13,6 +12,7 @@ import jax
 from jaxmllm.config import Run, Stage
 from jaxmllm.train.cache import from_cache
 from jaxmllm.train.checkpoint import StageCheckpoints
+from jaxmllm.train.finite import check_metrics
 from jaxmllm.train.optim import rate, unreached
 from jaxmllm.train.state import TrainState
 
@@ -129,12 +129,7 @@ def report(reporter: Reporter, step: int, metrics: dict[str, jax.Array], checkpo
     Raises FloatingPointError if the loss or the norm of the gradient is not finite.
     """
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            checkpoints.wait()
-            kept = checkpoints.newest_folder() or "none of this stage yet"
-            where = f"step {step} of stage {reporter.stage.name}"
-            raise FloatingPointError(f"{name} is {values[name]} at {where}; checkpoint to go back to: {kept}")
+    check_metrics(values, step, checkpoints)
     if reporter.is_due(step):
         with jax.transfer_guard("allow"):
             values["learning_rate"] = float(reporter.rate(step - 1))

@@ -1,4 +1,4 @@
-"""Before the first step: the workdir is claimed, parameters are made or restored, the step is compiled."""
+"""Before the first step: all is checked, parameters are made or restored, and then the workdir is claimed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ from jaxmllm.train.step import make_step
 LoadParts = Callable[[Run, Params, dict[str, float | None]], tuple[Params, list[dict[str, Any]]]]
 
 
-def claim_workdir(config: Run, workdir: str) -> None:
-    """Writes WORKDIR/config.json, or compares the one there. Raises ConfigError if it belongs to another config."""
+def check_workdir(config: Run, workdir: str) -> None:
+    """Raises ConfigError if the workdir belongs to another config."""
     path = Path(workdir) / "config.json"
     if path.exists():
         check_resumable(json.loads(path.read_text()), config, workdir)
-    elif jax.process_index() == 0:
+
+
+def claim_workdir(config: Run, workdir: str) -> None:
+    """Writes WORKDIR/config.json unless it is there: from then on the workdir belongs to this config."""
+    path = Path(workdir) / "config.json"
+    if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(to_document(config), indent=1))
