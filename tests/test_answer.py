@@ -1,12 +1,14 @@
 """Parameters in, replies out: an Answerer made of a config and parameters, without a workdir."""
 
+import copy
 import dataclasses
 import json
 
 import jax
 import pytest
+from tokenizers import Tokenizer as Backend
 
-from jaxmllm.data.sources.record import Blob
+from jaxmllm.data.sources.record import BadSample, Blob
 from jaxmllm.errors import ConfigError
 from jaxmllm.eval.answer import Answerer, Conversation, Question
 from jaxmllm.eval.periodic import cast
@@ -79,21 +81,45 @@ def test_all_bad_questions_are_named_before_any_is_asked(answerer, questions, tm
         Question("?", (str(cut),), place="rows.jsonl:8"),
         Question("why " * 500, place="rows.jsonl:9"),
     ]
-    answerer.check(questions)
-    with pytest.raises(ValueError) as error:
-        answerer.check([*questions, *bad])
-    says = str(error.value)
-    assert says.startswith("3 of 10 rows cannot be used: rows.jsonl:3: missing file (gone.jpg); rows.jsonl:8: ")
-    assert "cut.jpg" in says and "rows.jsonl:9: too long" in says
+    found = answerer.complaints([*questions, *bad])
+    assert found[:7] == [None] * 7 and found[7] == "rows.jsonl:3: missing file (gone.jpg)"
+    assert found[8].startswith("rows.jsonl:8: ") and "cut.jpg" in found[8]
+    assert found[9].startswith("rows.jsonl:9: too long")
 
 
 def test_a_conversation_keeps_what_was_said(answerer, questions):
     first, second = questions[0].prompt, questions[1].prompt
     conversation = Conversation(answerer, questions[0].images[0])
-    reply = conversation.reply(first) or "nothing"
-    if conversation.history[-1][1]:  # an empty answer cannot be said again
-        question = Question(second, questions[0].images, ((first, reply),))
-        assert [conversation.reply(second)] == list(answerer.ask([question], batch=1))
+    question = Question(second, questions[0].images, ((first, conversation.reply(first)),))
+    assert [conversation.reply(second)] == list(answerer.ask([question], batch=1))
+
+
+def test_a_conversation_goes_on_after_an_empty_reply_and_a_written_marker(answerer, questions, monkeypatch):
+    conversation = Conversation(answerer, questions[0].images[0])
+    for said in ("", "an <image>"):
+        with monkeypatch.context() as patched:
+            patched.setattr(answerer, "ask", lambda *_, said=said, **__: iter([said]))
+            assert conversation.reply("what?") == said
+    before = conversation.history
+    for typed in ("what is the <image> tag?", "<image>" * 5, "why " * 500):
+        with pytest.raises(BadSample):
+            conversation.reply(typed)
+    assert conversation.history == before
+    assert isinstance(conversation.reply("and?"), str) and len(conversation.history) == 3
+
+
+def test_replies_end_at_a_stop_token_that_is_not_special(answerer, questions):
+    backend = Backend.from_str(answerer.tokenizer.backend.to_str())
+    stop = backend.token_to_id("<end>")
+    marks = json.loads(backend.to_str())
+    for token in marks["added_tokens"]:
+        token["special"] = token["special"] and token["id"] != stop
+    plain = copy.copy(answerer)
+    plain.tokenizer = dataclasses.replace(answerer.tokenizer, backend=Backend.from_str(json.dumps(marks)))
+    word = next(i for i in range(stop + 1, 99) if answerer.tokenizer.decode([i]).strip())
+    assert plain.tokenizer.decode([word, stop]) != answerer.tokenizer.decode([word, stop])
+    assert plain.text([word, stop, stop]) == answerer.text([word, stop]) == answerer.tokenizer.decode([word]).strip()
+    assert plain.text([stop] * 3) == ""
 
 
 def test_a_mesh_that_splits_sequences_is_refused(scenes):

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.train.cache import use_compile_cache
 
     use_compile_cache(f"{args.workdir}/xla_cache")
+    from jaxmllm.data.sources.record import BadSample
     from jaxmllm.eval.answer import Conversation
     from jaxmllm.eval.restore import restore_answerer
 
@@ -35,9 +36,14 @@ def run(args: argparse.Namespace) -> None:
     while True:
         try:
             prompt = args.prompt or input("you: ")
+            if prompt.strip():
+                print(f"model: {conversation.reply(prompt)}")
         except EOFError:
             print()
             return
-        print(f"model: {conversation.reply(prompt)}")
+        except BadSample as bad:
+            if args.prompt:
+                raise
+            print(f"not asked: {bad.reason} ({bad.path})")
         if args.prompt:
             return

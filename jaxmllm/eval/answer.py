@@ -43,7 +43,7 @@ class Question:
         """The question as a record whose last turn waits for its answer."""
         texts = [text for pair in self.history for text in pair] + [self.prompt]
         if not any(IMAGE in text for text in texts):
-            texts[0] = f"{IMAGE}\n" * len(self.images) + texts[0]
+            texts[0] = marked(texts[0], len(self.images))
         turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
         blobs = [Blob(image, partial(read_file, image)) if isinstance(image, str) else image for image in self.images]
         return Record(self.place, self.place, {"conversations": turns}, blobs, {})
@@ -68,8 +68,8 @@ class Answerer:
         self.config, self.params = config, params
         self.spec = dataclasses.replace(sample_spec(config), targets=None)
         self.tokenizer, self.mesh = self.spec.tokenizer, config.mesh.build()
-        stop = self.tokenizer.id(self.spec.template.end)
-        self.generate = make_generate(config.model, max_new_tokens, stop)
+        self.stop = self.tokenizer.id(self.spec.template.end)
+        self.generate = make_generate(config.model, max_new_tokens, self.stop)
 
     def holding(self, params: Params) -> Answerer:
         """The same answerer with other parameters; it compiles nothing again."""
@@ -77,9 +77,9 @@ class Answerer:
         other.params = params
         return other
 
-    def check(self, questions: Sequence[Question]) -> None:
-        """Prepares all questions as `ask` does. Raises ValueError that counts and names those that cannot be asked: a
-        picture is missing or broken, or the prompt does not fit in a row."""
+    def complaints(self, questions: Sequence[Question]) -> list[str | None]:
+        """For each question, prepared as `ask` does, why it cannot be asked, or None: a picture is missing or broken,
+        or the prompt does not fit in a row."""
 
         def complaint(question: Question) -> str | None:
             try:
@@ -88,7 +88,7 @@ class Answerer:
             except BadSample as bad:
                 return f"{question.place}: {bad.reason} ({bad.path})"
 
-        refuse([text for text in map_ahead(complaint, questions) if text], len(questions))
+        return list(map_ahead(complaint, questions))
 
     def ask(self, questions: Sequence[Question], batch: int = 64) -> Iterator[str]:
         """Yields the reply to each question, `batch` at a time. Raises BadSample for one that cannot be asked.
@@ -112,7 +112,12 @@ class Answerer:
             prompts, _ = make_batch(rows, dataclasses.replace(self.spec, seq_len=length))
             prompts = host_batches.global_from_copies(left_pad(prompts), self.mesh)
             tokens = jax.device_get(self.generate(unflatten(self.params), prompts))
-        return [self.tokenizer.decode(row).strip() for row in tokens[: len(samples)].tolist()]
+        return [self.text(row) for row in tokens[: len(samples)].tolist()]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of a reply up to its stop token, which a tokenizer need not flag as special."""
+        end = ids.index(self.stop) if self.stop in ids else len(ids)
+        return self.tokenizer.decode(ids[:end]).strip()
 
 
 class Conversation:
@@ -123,15 +128,33 @@ class Conversation:
         self.history: tuple[tuple[str, str], ...] = ()
 
     def reply(self, prompt: str) -> str:
-        """What the model replies to `prompt` after all that was said before."""
+        """What the model replies to `prompt` after all that was said before, which may include empty replies.
+
+        Raises BadSample for what cannot be said: the picture cannot be read, the prompt has the marker <image> without
+        a picture of its own, or all together is too long. The conversation can go on with another prompt.
+        """
+        if not self.history:  # so that a marker in a later turn is not taken for the place of the picture
+            prompt = marked(prompt, len(self.images))
         question = Question(prompt, self.images, self.history, place="chat")
         (reply,) = self.answerer.ask([question], batch=1)
-        self.history += ((prompt, reply),)
+        # A model may write the marker of pictures, which would ask for another one in the next turn.
+        self.history += ((prompt, reply.replace(IMAGE, "")),)
         return reply
 
 
-def refuse(complaints: Sequence[str], total: int) -> None:
-    """Raises ValueError, with the first three complaints, if there are any about `total` questions or rows."""
-    if complaints:
-        more = f" (and {len(complaints) - 3} more)" if len(complaints) > 3 else ""
-        raise ValueError(f"{len(complaints)} of {total} rows cannot be used: {'; '.join(complaints[:3])}{more}")
+def marked(text: str, pictures: int) -> str:
+    """The text with the places of its pictures: in front, unless it says with <image> where they belong."""
+    return text if IMAGE in text else f"{IMAGE}\n" * pictures + text
+
+
+def summary(complaints: Sequence[str | None], total: int) -> str:
+    """How many of `total` rows cannot be used, and the first three complaints; "" if there are none."""
+    complaints = [text for text in complaints if text]
+    more = f" (and {len(complaints) - 3} more)" if len(complaints) > 3 else ""
+    return f"{len(complaints)} of {total} rows cannot be used: {'; '.join(complaints[:3])}{more}" if complaints else ""
+
+
+def refuse(complaints: Sequence[str | None], total: int) -> None:
+    """Raises ValueError with the `summary` of complaints, if there are any about `total` questions or rows."""
+    if text := summary(complaints, total):
+        raise ValueError(text)

@@ -27,12 +27,13 @@ def draw_sheet(rows: list[Row], replies: list[str], path: str, columns: int = 6,
 
 
 def card(row: Row, reply: str) -> Image.Image:
-    """One scene with its question, the model's reply and, if that is wrong, the right answer."""
+    """The (first) picture with its question, the model's reply and, if that is wrong, the right answer."""
     width, height = CARD[0] - MARGIN, CARD[1] - MARGIN
     image = Image.new("RGB", (width, height), PAPER)
-    with Image.open(row["image"]) as picture:
-        side = PICTURE - MARGIN
-        image.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (MARGIN, MARGIN))
+    if row["images"]:
+        with Image.open(row["images"][0]) as picture:
+            side = PICTURE - MARGIN
+            image.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (MARGIN, MARGIN))
     draw, font, bold = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(15)
     question = "\n".join(textwrap.wrap(row["question"], 36)[:2])
     draw.multiline_text((MARGIN, PICTURE + 6), question, INK, font, spacing=3)

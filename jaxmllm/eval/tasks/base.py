@@ -6,6 +6,7 @@ Another task is one more file with a frozen dataclass; a config names its values
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxmllm.config import Run, Stage
-from jaxmllm.eval.answer import Answerer, Question, refuse
+from jaxmllm.eval.answer import Answerer, Question, refuse, summary
+from jaxmllm.processes import say
 from jaxmllm.train.state import Params
 
 Row = Any
@@ -69,30 +71,59 @@ class QuestionTask:
     batch: int = 64  # questions asked at once
 
     def rows(self) -> Sequence[Row]:
-        """All rows. Raises ValueError that names each bad row with file and line (see `read_rows`)."""
+        """All rows, from `read_rows`: one that cannot be used is {"place", "bad": what is wrong}."""
         raise NotImplementedError
 
     def question(self, row: Row) -> Question:
         """The prompt and pictures of a row."""
         raise NotImplementedError
 
+    def asked(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """What is asked, from the usable rows: these, which may be followed by others made of them."""
+        return rows
+
     def score(self, rows: Sequence[Row], replies: Sequence[str]) -> Result:
-        """The result of all rows and the replies to them."""
+        """The result of all rows that were asked and the replies to them."""
         raise NotImplementedError
 
     def prepare(self, run: Run, stage: Stage, workdir: str) -> Measure:
-        """As Task.prepare. Every question is prepared once, so that none fails after others were asked."""
+        """As Task.prepare. Every question is prepared once, so that none fails after others were asked.
+
+        Rows that cannot be asked (no picture, too long, ..) are left out; the result counts and names them, and a line
+        on stderr does so before the first question. Raises ValueError if no row can be asked.
+        """
+        answerer = Answerer(run, {}, self.max_new_tokens)
+        rows, bad = self.usable(answerer)
+        asked = self.asked(rows)
+        questions = [self.question(row) for row in asked]
+        refuse(answerer.complaints(questions[len(rows) :]), len(questions))
+        left_out = summary(bad, len(bad) + len(rows))
+        if bad:
+            say(f"task {self.name}: {left_out}")
+
+        def measure(params: Params, note: Note) -> Result:
+            result = self.score(asked, self.ask(answerer.holding(params), questions, note))
+            if not bad:
+                return result
+            details = {**(result.details or result.numbers), "bad_rows": bad}
+            numbers, table = {**result.numbers, "bad": len(bad)}, f"{result.table}\n{left_out}"
+            return dataclasses.replace(result, numbers=numbers, table=table, details=details)
+
+        return measure
+
+    def usable(self, answerer: Answerer) -> tuple[list[Row], list[str]]:
+        """The rows that can be asked, and what is wrong with each of the others."""
         rows = self.rows()
         if not rows:
             raise ValueError(f"task {self.name} has no rows")
-        questions = [self.question(row) for row in rows]
-        answerer = Answerer(run, {}, self.max_new_tokens)
-        answerer.check(questions)
-
-        def measure(params: Params, note: Note) -> Result:
-            return self.score(rows, self.ask(answerer.holding(params), questions, note))
-
-        return measure
+        bad = [f"{row['place']}: {row['bad']}" for row in rows if is_bad(row)]
+        rows = [row for row in rows if not is_bad(row)]
+        complaints = answerer.complaints([self.question(row) for row in rows])
+        bad += [text for text in complaints if text]
+        rows = [row for row, text in zip(rows, complaints) if not text]
+        if not rows:
+            refuse(bad, len(bad))
+        return rows, bad
 
     def ask(self, answerer: Answerer, questions: Sequence[Question], note: Note = lambda row: None) -> list[str]:
         """The replies to all questions, each noted as it comes."""
@@ -103,27 +134,37 @@ class QuestionTask:
         return replies
 
 
+def is_bad(row: Row) -> bool:
+    """Whether `read_rows` found something wrong with a row."""
+    return isinstance(row, dict) and "bad" in row
+
+
 def read_rows(path: str, complain: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
     """The objects of a JSONL file, each with its "place", e.g. "rows.jsonl:17". Empty lines are left out.
 
-    complain(row): what is wrong with it, or None. Raises ValueError that counts the bad rows and names the first ones,
-    and for a file that is missing or empty.
+    complain(row): what is wrong with it, or None. A row that cannot be used is {"place", "bad": what is wrong}. Raises
+    ValueError for a file that is missing or empty.
     """
     if not Path(path).is_file():
         raise ValueError(f"no file of rows {path!r}")
-    rows, bad = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            wrong = complain(row) if isinstance(row, dict) else "not a JSON object"
-        except json.JSONDecodeError as error:
-            row, wrong = {}, f"not JSON ({error})"
-        rows.append({**row, "place": place} if not wrong else {})
-        bad += [f"{place}: {wrong}"] if wrong else []
-    refuse(bad, len(rows))
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if line.strip():
+            row, wrong = read_row(line, complain)
+            place = f"{path}:{number}"
+            rows.append({"place": place, "bad": wrong} if wrong else {**row, "place": place})
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
+
+
+def read_row(line: bytes, complain: Callable[[dict[str, Any]], str | None]) -> tuple[dict[str, Any], str | None]:
+    """One line of JSON -> (the object, None), or ({}, what is wrong)."""
+    try:
+        row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeError:
+        return {}, "not UTF-8, or half a surrogate pair"
+    except (ValueError, RecursionError) as error:
+        return {}, f"not JSON ({error})"
+    return row, complain(row) if isinstance(row, dict) else "not a JSON object"

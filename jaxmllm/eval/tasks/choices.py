@@ -1,43 +1,19 @@
-"""How replies to questions with choices are read, and rules that answer without looking at the picture.
+"""Which replies are right, and rules that answer without looking at the picture.
 
 A row has "choices" (texts) and "answer": a letter such as "(B)"; without choices the answer is the text itself.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from jaxmllm.eval.tasks.reply_parser import normalize, parse
+
 Row = dict[str, Any]
-
-
-def normalize(text: str) -> str:
-    """Lower case, single spaces, no space before punctuation, no full stop at the end."""
-    return re.sub(r"\s+([.,?!])", r"\1", " ".join(text.lower().split())).rstrip(".")
-
-
-def parse(reply: str, choices: Sequence[str]) -> str | None:
-    """The letter "(X)" that a reply chooses, or None if it chooses nothing.
-
-    That is a capital in parentheses, else the text of exactly one choice, else a single leading capital ("B", "B.").
-    """
-    if found := re.search(r"\(([A-Z])\)", reply):
-        return found[0]
-    same = [i for i, choice in enumerate(choices) if normalize(choice) == normalize(reply)]
-    if len(same) == 1:
-        return letter(same[0])
-    if found := re.match(r"\s*([A-Z])(?![a-zA-Z])", reply):
-        return f"({found[1]})"
-    return None
-
-
-def letter(i: int) -> str:
-    """0 -> "(A)"."""
-    return f"({chr(ord('A') + i)})"
 
 
 def is_right(row: Row, reply: str) -> bool:
