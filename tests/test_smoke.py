@@ -12,7 +12,7 @@ def test_train_resume_eval_chat(scenes, tmp_path):
     assert "compiling" not in again.stderr  # nothing is left to do
     rows = ("--rows", scenes / "heldout.jsonl", "--train-rows", scenes / "train_rows.jsonl")
     table = jaxmllm("eval", tmp_path, *rows).stdout
-    assert table.split()[:5] == ["kind", "n", "model", "blind", "shuffled"]
+    assert table.split()[:7] == ["kind", "n", "model", "unparsed", "blind", "shuffled", "unparsed"]
     result = json.loads((tmp_path / "eval.json").read_text())
     assert {"heldout", "blind", "shuffled", "train_seconds", "steps"} <= set(result)
     assert result["steps"] == 6 and set(result["heldout"]) >= {"overall", "by_kind"}
