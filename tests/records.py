@@ -72,6 +72,11 @@ def write_bad_records(root: Path) -> dict[str, dict]:
         "do not alternate: the last turn is a question": {"conversations": chat("a", "one", "a")},
         "no conversation": {"conversations": []},
         "no conversation: a list": {"text": "a"},
+        "media that is not read: the field `video`": {"video": "a.mp4", "conversations": chat("a", "one")},
+        "media that is not read: turn 0 has the marker <video>": {"conversations": chat("<video> a", "one")},
+        "unknown role: turn 0 is from 'narrator'": {"conversations": [{"from": "narrator", "value": "a"}]},
+        "system text: the field `system` is int": {"system": 3, "conversations": chat("a", "one")},
+        "broken text: turn 1 holds U+FDD0": {"conversations": chat("a", "\ufdd0")},
         "too long: 207 tokens, but a row has 200": {"conversations": chat("a " * 203, "one")},
         "too many pictures: they need 5 image slots, but a row has 4": {
             "image": ["2.jpg"] * 5, "conversations": chat("<image>" * 5, "one"),

@@ -131,18 +131,28 @@ def test_a_leading_answer_is_dropped(tokenizer, tmp_path):
     assert tokenizer.decode(sample.tokens, skip_special=False) == "<user> how many ?<assistant> one<end>"
 
 
+def test_a_template_without_a_place_refuses_a_system_text(tokenizer_for_all, tmp_path):
+    record = {"id": "s", "system": "a pond .", "conversations": chat("how many ?", "one")}
+    source = LlavaSource(write_jsonl(tmp_path / "one.jsonl", [record]))
+    with pytest.raises(BadSample, match="system text: the template plain has no place for one"):
+        make_sample(source[0], 0, spec_of(tokenizer_for_all, PLAIN))
+    sample = make_sample(source[0], 0, spec_of(tokenizer_for_all))
+    assert tokenizer_for_all.decode(sample.tokens, skip_special=False).startswith("a pond .<user> how many ?")
+
+
 def test_check_and_stats(tokenizer, tmp_path):
     good = write_good_records(tmp_path)
     bad = [{"id": f"n{k}", "source": "worse", **r} for k, r in enumerate(write_bad_records(tmp_path).values())]
     source = LlavaSource(write_jsonl(tmp_path / "all.jsonl", [*good, *bad, good[0]]))
     report = check(source)
-    assert report.records == 20 and report.sources == {"": 5, "worse": 15} and report.duplicates == {"square": 2}
+    assert report.records == 25 and report.sources == {"": 5, "worse": 20} and report.duplicates == {"square": 2}
     kinds = {kind: len(samples) for kind, samples in report.problems.items()}
     assert kinds == {
         "missing file": 1, "only the case differs": 1, "unreadable picture": 2, "wrong number of <image>": 3,
-        "empty answer": 1, "turns do not alternate": 2, "no conversation": 2,
+        "empty answer": 1, "turns do not alternate": 2, "no conversation": 2, "media that is not read": 2,
+        "unknown role": 1, "system text": 1, "broken text": 1,
     }  # fmt: skip
     measured = stats(source, spec_of(tokenizer))
     # Only sizes are read, so the truncated picture passes; target maps are not read at all.
-    assert (measured.used, measured.bad, measured.images) == (7, 13, {0: 1, 1: 5, 2: 1})
+    assert (measured.used, measured.bad, measured.images) == (7, 18, {0: 1, 1: 5, 2: 1})
     assert 0 < measured.packing <= 1 and measured.tokens["max"] == max(measured.tokens.values())

@@ -7,8 +7,9 @@ import dataclasses
 
 import numpy as np
 
+from jaxmllm.data.conversation import exchanges, system_text
 from jaxmllm.data.images import decode, open_image
-from jaxmllm.data.samples import SampleSpec, exchanges
+from jaxmllm.data.samples import SampleSpec
 from jaxmllm.data.sizes import Progress, packed_rows, sample_sizes
 from jaxmllm.data.sources.record import BadSample, RecordSource
 
@@ -52,6 +53,7 @@ def check(source: RecordSource, progress: Progress | None = None) -> Report:
             ids[record.id] += 1
             sources[str(record.data.get("source", ""))] += 1
             exchanges(record, len(record.images))
+            system_text(record)
             for blob in record.images:
                 decode(record, blob, open_image(record, blob))
                 images += 1

@@ -7,16 +7,19 @@ fit in a row is refused. So the tokens in a row and the features of its pictures
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxmllm.batch import IGNORE_LABEL, VisualLayout
+from jaxmllm.data.conversation import exchanges, system_text
+from jaxmllm.data.encoding import Encoder
 from jaxmllm.data.images import decode, open_image, padding, size_after_fit, token_mask, views
 from jaxmllm.data.sources.record import Record
 from jaxmllm.data.targets import Targets
-from jaxmllm.data.templates import IMAGE, ChatTemplate
+from jaxmllm.data.templates import ChatTemplate
 from jaxmllm.data.tiling import Tiling, tiled_visual_indices
 from jaxmllm.data.tokenizer import Tokenizer
 
@@ -49,6 +52,11 @@ class SampleSpec:
             if self.tokenizer.backend.token_to_id(marker) is None:
                 missing = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"
                 raise ValueError(f"template {self.template.name} needs {missing}")
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """What tokenises conversations."""
+        return Encoder(self.tokenizer, self.template.markers())
 
     def tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the tiles of a picture of (width, height); (0, 0) without tiling."""
@@ -126,24 +134,23 @@ def make_tokens(
     record: Record, sizes: Sequence[tuple[int, int]], spec: SampleSpec, reply_open: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens, labels and visual_index of a Sample, from the (width, height) of its pictures. Raises BadSample."""
-    pieces = spec.template.pieces(exchanges(record, len(sizes), reply_open))
+    turns, system = exchanges(record, len(sizes), reply_open), system_text(record)
+    if system and spec.template.system is None:
+        raise record.bad("system text", f"the template {spec.template.name} has no place for one")
     tokens, trained, visual_index, image, slot = [], [], [], 0, 0
-    for text, is_trained in pieces:
-        for k, part in enumerate(text.split(IMAGE)):
-            if k:
-                size, layout = sizes[image], spec.layout
-                grid = spec.tile_grid(size)
-                if any(grid):
-                    indices = tiled_visual_indices(slot, size, grid, layout)
-                else:
-                    indices = visual_indices(slot, size, layout)
-                tokens += [0] * len(indices)
-                visual_index += indices
-                image, slot = image + 1, slot + spec.slots(size)
-            ids = spec.tokenizer.encode(part) if part else []
-            tokens += ids
-            visual_index += [-1] * len(ids)
-        trained += [is_trained] * (len(tokens) - len(trained))
+    for piece in spec.encoder(spec.template.pieces(turns, system)):
+        if piece.image:
+            size, grid = sizes[image], spec.tile_grid(sizes[image])
+            if any(grid):
+                indices = tiled_visual_indices(slot, size, grid, spec.layout)
+            else:
+                indices = visual_indices(slot, size, spec.layout)
+            tokens += [0] * len(indices)
+            visual_index += indices
+            image, slot = image + 1, slot + spec.slots(size)
+        tokens += piece.ids
+        visual_index += [-1] * len(piece.ids)
+        trained += [piece.trained] * (len(tokens) - len(trained))
     if len(tokens) > spec.seq_len:
         raise record.bad("too long", f"{len(tokens)} tokens, but a row has {spec.seq_len}")
     if slot > spec.image_slots:
@@ -161,31 +168,3 @@ def visual_indices(slot: int, size: tuple[int, int], layout: VisualLayout) -> li
         return list(range(start, start + layout.block))
     grid = np.flatnonzero(token_mask(*layout.shape(size), tokens.grid, tokens.newline, per_cell=tokens.per_cell))
     return [*(grid + start).tolist(), *range(start + tokens.grid * tokens.columns, start + layout.block)]
-
-
-def exchanges(record: Record, pictures: int, reply_open: bool = False) -> list[tuple[str, str | None]]:
-    """The (question, answer) pairs of a conversation; if reply_open, the last answer is None. Raises BadSample."""
-    turns = record.data.get("conversations")
-    try:
-        turns = [(turn["from"], turn["value"].strip()) for turn in turns]
-    except (TypeError, KeyError, AttributeError):
-        raise record.bad("no conversation", 'a list of {"from", "value"} is needed') from None
-    if turns and turns[0][0] != "human":
-        turns = turns[1:]  # as LLaVA does: some data sets start with an answer
-    if not turns:
-        raise record.bad("no conversation", "it has no question")
-    for k, (speaker, text) in enumerate(turns):
-        if speaker != ("human", "gpt")[k % 2]:
-            raise record.bad("turns do not alternate", f"turn {k} is from {speaker!r}")
-        if k % 2 and not text and not reply_open:  # a model may have said nothing
-            raise record.bad("empty answer", f"turn {k}")
-        if k % 2 and IMAGE in text:
-            raise record.bad("wrong number of <image>", f"turn {k}, an answer, has one")
-    if len(turns) % 2 != reply_open:
-        last = "an answer" if reply_open else "a question"
-        raise record.bad("turns do not alternate", f"the last turn is {last}")
-    count = sum(text.count(IMAGE) for _, text in turns)
-    if count != pictures:
-        raise record.bad("wrong number of <image>", f"{count} in the text, {pictures} pictures")
-    answers = [text for _, text in turns[1::2]]
-    return list(zip((text for _, text in turns[::2]), [*answers, None]))

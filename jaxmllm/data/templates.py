@@ -1,8 +1,7 @@
 """Chat templates as data, and the pieces of text into which they cut a conversation.
 
-Each piece is tokenised alone and is either trained on or not, so labels are right by construction: an answer with its
-end-of-turn marker is one trained piece, and everything between two answers is one untrained piece. At inference the
-prompt consists of the same untrained pieces.
+Each piece is either trained on or not, so labels are right by construction: an answer with its end-of-turn marker is
+trained, and what stands between two answers is not. At inference the prompt consists of the same pieces.
 """
 
 from __future__ import annotations
@@ -16,65 +15,80 @@ IMAGE = "<image>"
 
 
 class Piece(NamedTuple):
-    """Text that is tokenised alone; untrained pieces may contain IMAGE."""
+    """Part of a conversation as it is rendered. In a piece of a template control tokens are tokens, in one of a record
+    they are text; the latter may contain IMAGE."""
 
     text: str
     trained: bool
+    own: bool = True  # the template's
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """The text around questions and answers. Whatever looks like <this> must be a single token of the tokenizer."""
+    """The text around questions and answers. Control tokens must be single tokens of the tokenizer."""
 
     name: str
-    begin: str  # tokenised alone: the beginning-of-text token
-    system: str  # with its markup, before the first question
+    begin: str  # the beginning-of-text token
+    system: (
+        str | None
+    )  # before the first question, unless a record brings another text; None: there is no place for one
     user: tuple[str, str]  # around a question
     assistant: str  # before an answer
     end: str  # after an answer, trained
     between: str  # after `end`, untrained, if another question follows
-    image_first: bool  # move IMAGE to the start of its turn, followed by a newline, as LLaVA does
+    image_first: bool  # move the only IMAGE of a turn to its start, followed by a newline, as LLaVA does
     question: bool = True  # False: only the pictures of a question are kept
+    around_system: tuple[str, str] = ("", "")
+    lead: str = ""  # before an answer, trained: the blank that tokenizers join to its first word
+    control: tuple[str, ...] | None = None  # the control tokens; None: whatever looks like <this> in the other fields
 
-    def pieces(self, exchanges: Iterable[tuple[str, str | None]]) -> list[Piece]:
-        """(question, answer) pairs -> pieces. The last answer may be None, which leaves the reply open."""
-        pieces = [Piece(self.begin, False)] if self.begin else []
-        before = self.system
-        for question, answer in exchanges:
-            question = self._user_text(question)
-            pieces.append(Piece(before + self.user[0] + question + self.user[1] + self.assistant, False))
+    def pieces(self, exchanges: Iterable[tuple[str, str | None]], system: str | None = None) -> list[Piece]:
+        """(question, answer) pairs -> pieces, whose joined texts are the rendered string.
+
+        The last answer may be None, which leaves the reply open. system: the record's own text.
+        """
+        pieces, system = [Piece(self.begin, False)], system or self.system
+        if system:
+            before, after = self.around_system
+            pieces += [Piece(before, False), Piece(system, False, own=False), Piece(after, False)]
+        for k, (question, answer) in enumerate(exchanges):
+            pieces.append(Piece((self.between if k else "") + self.user[0], False))
+            pieces.append(Piece(self._user_text(question), False, own=False))
+            pieces.append(Piece(self.user[1] + self.assistant, False))
             if answer is not None:
-                pieces.append(Piece(answer + self.end, True))
-            before = self.between
-        return pieces
+                pieces += [Piece(self.lead, True), Piece(answer, True, own=False), Piece(self.end, True)]
+        return [piece for piece in pieces if piece.text]
 
     def _user_text(self, question: str) -> str:
-        images = IMAGE * question.count(IMAGE)
         if not self.question:
-            return images
-        if self.image_first and images:
-            return images + "\n" + question.replace(IMAGE, "").strip()
+            return IMAGE * question.count(IMAGE)
+        if self.image_first and question.count(IMAGE) == 1:
+            return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
         return question
 
     def markers(self) -> list[str]:
-        """The special tokens that the template uses."""
-        texts = (self.begin, self.system, *self.user, self.assistant, self.end, self.between)
-        return list(dict.fromkeys(re.findall(r"<[^<>\s]+>", "".join(texts))))
+        """The control tokens of the template, which the tokenizer must have."""
+        if self.control is not None:
+            return list(self.control)
+        around = *self.around_system, *self.user, self.assistant, self.end, self.between
+        return list(dict.fromkeys(re.findall(r"<[^<>\s]+>", " ".join((self.begin, *around)))))
 
 
 ASSISTANT = "You are a helpful assistant."
 
 # LLaVA's first stage, for Llama tokenizers: the picture, then the caption.
-PLAIN = ChatTemplate("plain", "<s>", "", ("", ""), "", "\n", "", image_first=True, question=False)
+PLAIN = ChatTemplate("plain", "<s>", None, ("", ""), "", "\n", "", image_first=True, question=False)
 
-# LLaVA's second stage, for Llama tokenizers, which add the space before an answer themselves.
+# LLaVA's second stage, for Llama tokenizers.
 VICUNA_V1 = ChatTemplate(
     name="vicuna_v1",
     begin="<s>",
     system="A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    around_system=("", " "),
     user=("USER: ", " "),
     assistant="ASSISTANT:",
+    lead=" ",
     end="</s>",
     between="",
     image_first=True,
@@ -83,7 +97,8 @@ VICUNA_V1 = ChatTemplate(
 LLAMA3 = ChatTemplate(
     name="llama3",
     begin="<|begin_of_text|>",
-    system=f"<|start_header_id|>system<|end_header_id|>\n\n{ASSISTANT}<|eot_id|>",
+    system=ASSISTANT,
+    around_system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
     user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
     assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
     end="<|eot_id|>",
@@ -94,7 +109,8 @@ LLAMA3 = ChatTemplate(
 CHATML = ChatTemplate(
     name="chatml",
     begin="",
-    system=f"<|im_start|>system\n{ASSISTANT}<|im_end|>\n",
+    system=ASSISTANT,
+    around_system=("<|im_start|>system\n", "<|im_end|>\n"),
     user=("<|im_start|>user\n", "<|im_end|>\n"),
     assistant="<|im_start|>assistant\n",
     end="<|im_end|>",

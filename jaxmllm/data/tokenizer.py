@@ -25,7 +25,8 @@ class Tokenizer:
     backend: Backend
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; special tokens written in it become their ids."""
+        """The ids of a rendered string: special tokens written in it become their ids. (encoding.py: those of a
+        conversation, in which only the template's do.)"""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
