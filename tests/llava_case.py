@@ -8,6 +8,7 @@ the token is IMAGE. OUTPUTS gets the logits [B, S, V], the loss, and the lines o
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import jax
@@ -40,17 +41,26 @@ def model_of(folder: str) -> MLLM:
     return MLLM({"clip": encoder}, {"clip": Single()}, MLPProjector(encoder.side), llm, {"next_token": NextToken()})
 
 
-def batch_of(model: MLLM, tokens: np.ndarray, labels: np.ndarray, images: np.ndarray) -> Batch:
-    """A batch of one image per row."""
+def text_batch_of(model: MLLM, tokens: np.ndarray) -> Batch:
+    """A batch of rows without images or labels."""
+    rows, length = tokens.shape
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    empty = empty_batch(model.layout, rows, length, 1, {})
+    return dataclasses.replace(empty, tokens=tokens, segment_ids=np.ones_like(tokens), positions=positions)
+
+
+def batch_of(model: MLLM, tokens: np.ndarray, labels: np.ndarray, images: np.ndarray, image: int = IMAGE) -> Batch:
+    """A batch of one image per row, which stands where the token is `image`."""
     rows, length = tokens.shape
     empty = empty_batch(model.layout, rows, length, 1, {})
-    places = np.stack([np.flatnonzero(row == IMAGE) for row in tokens])
+    places = np.stack([np.flatnonzero(row == image) for row in tokens])
     index = np.full(tokens.shape, -1, np.int32)
     np.put_along_axis(index, places, np.arange(places.shape[1], dtype=np.int32)[None], 1)
     return Batch(
         tokens=tokens, labels=np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100),
         segment_ids=np.ones_like(tokens), positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
-        visual_index=index, visual_positions=places[:, None].astype(np.int32), images={"clip": images[:, None]},
+        visual_index=index, visual_positions=places[:, None].astype(np.int32),
+        images={name: images[:, None] for name in model.encoders},
         padding=empty.padding, targets={}, target_mask={},
     )  # fmt: skip
 

@@ -96,10 +96,13 @@ def page(tmp_path_factory) -> tuple[Path, dict[str, subprocess.CompletedProcess]
 
 def test_every_command_of_the_page_runs(page):
     _, outputs = page
-    assert outputs.keys() == {"data", "train", "eval", "chat"}
+    assert outputs.keys() == {"data", "train", "eval", "chat", "export"}
     assert outputs["data"].stdout.startswith("9 records, 9 pictures, 0 records unusable")
     assert outputs["chat"].stdout.startswith("model: ")
     assert "next_token" in outputs["eval"].stdout
+    assert outputs["export"].stdout.startswith(
+        "exported/mine: LlavaForConditionalGeneration from run:runs/mine/instruct/5"
+    )
 
 
 def test_each_part_says_what_it_starts_from(page):

@@ -9,13 +9,25 @@ import argparse
 import os
 import sys
 
-from jaxmllm.cli import bench, chat, common, data_check, data_convert, data_make_scenes, data_stats, eval, plan, train
+from jaxmllm.cli import (
+    bench,
+    chat,
+    common,
+    data_check,
+    data_convert,
+    data_make_scenes,
+    data_stats,
+    eval,
+    export,
+    plan,
+    train,
+)
 from jaxmllm.errors import check_local
 from jaxmllm.processes import keep_freed_memory
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA; the commands import it when they run
 
-COMMANDS = (train, eval, chat, plan, bench)
+COMMANDS = (train, eval, chat, export, plan, bench)
 DATA_COMMANDS = (data_make_scenes, data_check, data_stats, data_convert)
 
 

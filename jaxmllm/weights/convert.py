@@ -20,16 +20,20 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How the layout of a tensor changes. It is exact both ways, since elements are only moved."""
+    """How the layout of a tensor changes. It is exact both ways, since elements are only moved.
 
+    name: how a key map in a file calls it (exported.py), e.g. "linear:1".
+    """
+
+    name: str
     shape: Callable[[Shape], Shape]  # our shape -> the foreign one
     load: Callable[[np.ndarray, Shape], np.ndarray]  # foreign array, our shape -> ours
     save: Callable[[np.ndarray], np.ndarray]  # ours -> foreign
 
 
-def reshape(shape: Callable[[Shape], Shape]) -> Transform:
+def reshape(name: str, shape: Callable[[Shape], Shape]) -> Transform:
     """Keeps the elements in their order; `shape` gives the foreign shape for ours."""
-    return Transform(shape, lambda w, ours: w.reshape(ours), lambda w: w.reshape(shape(w.shape)))
+    return Transform(name, shape, lambda w, ours: w.reshape(ours), lambda w: w.reshape(shape(w.shape)))
 
 
 def linear(inputs: int = 1) -> Transform:
@@ -38,14 +42,18 @@ def linear(inputs: int = 1) -> Transform:
     def shape(ours: Shape) -> Shape:
         return math.prod(ours[inputs:]), math.prod(ours[:inputs])
 
-    return Transform(shape, lambda w, ours: w.T.reshape(ours), lambda w: w.reshape(shape(w.shape)[::-1]).T)
+    def save(w: np.ndarray) -> np.ndarray:
+        return w.reshape(shape(w.shape)[::-1]).T
+
+    return Transform(f"linear:{inputs}", shape, lambda w, ours: w.T.reshape(ours), save)
 
 
-SAME = reshape(lambda s: s)
-FLAT = reshape(lambda s: (math.prod(s),))  # what torch keeps in one dimension: biases of several heads, a single row
-LEADING_ONE = reshape(lambda s: (1, *s))  # learned arrays that torch keeps with a batch dimension
-FLAT_GRID = reshape(lambda s: (s[0] * s[1], *s[2:]))  # a grid [h, w, C] that torch keeps as [h*w, C]
+SAME = reshape("same", lambda s: s)
+FLAT = reshape("flat", lambda s: (math.prod(s),))  # what torch keeps in one dimension: biases of heads, a single row
+LEADING_ONE = reshape("leading_one", lambda s: (1, *s))  # learned arrays that torch keeps with a batch dimension
+FLAT_GRID = reshape("flat_grid", lambda s: (s[0] * s[1], *s[2:]))  # a grid [h, w, C] that torch keeps as [h*w, C]
 CONV = Transform(  # torch.nn.Conv2d's [out, in, h, w] <-> [h, w, in, out]
+    "conv",
     lambda s: (s[3], s[2], s[0], s[1]),
     lambda w, _: w.transpose(2, 3, 1, 0),
     lambda w: w.transpose(3, 2, 0, 1),
@@ -61,7 +69,7 @@ def patches(side: int) -> Transform:
     def save(w: np.ndarray) -> np.ndarray:
         return w.reshape(side, side, -1, w.shape[1]).transpose(3, 2, 0, 1)
 
-    return Transform(shape, lambda w, ours: w.transpose(2, 3, 1, 0).reshape(ours), save)
+    return Transform(f"patches:{side}", shape, lambda w, ours: w.transpose(2, 3, 1, 0).reshape(ours), save)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +182,7 @@ def misfits(key_map: KeyMap, foreign: Mapping[str, np.ndarray], ours: Mapping[st
         if key not in foreign:
             problems.append(f"- {key}: not in the file, wanted by {_where(entries[0])}")
             continue
-        array, expected = foreign[key], _foreign_shape(entries, ours)
+        array, expected = foreign[key], foreign_shape(entries, ours)
         if array.shape != expected:
             problems.append(f"! {key}: {array.shape} in the file, {expected} wanted by {_where(entries[0])}")
         elif not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
@@ -254,7 +262,7 @@ def _place_shape(entry: Entry, ours: Mapping[str, Shape]) -> Shape:
     return tuple(ours[entry.path][len(entry.index) :])
 
 
-def _foreign_shape(entries: list[Entry], ours: Mapping[str, Shape]) -> Shape:
+def foreign_shape(entries: list[Entry], ours: Mapping[str, Shape]) -> Shape:
     """The shape of a foreign tensor that its entries fill."""
     parts, axis = [entry.transform.shape(_place_shape(entry, ours)) for entry in entries], entries[0].axis
     return tuple(sum(s[i] for s in parts) if i == axis else size for i, size in enumerate(parts[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -61,7 +62,11 @@ def describe(config: Any, part: str, module: Any, length: int | None = None) -> 
         return hf_config.decoder(config, length)
     if kind == "aggregator":
         return hf_config.projector(config)
-    return hf_encoders.encoder(config, getattr(module, "taps", None), getattr(module, "size", None))
+    found = hf_encoders.encoder(config, getattr(module, "taps", None), getattr(module, "size", None))
+    if found.fields.get("layers") == max(getattr(module, "taps", (0,))) and not getattr(module, "final_norm", True):
+        # An exported tower ends with the last tap: it has all the layers that the module builds.
+        return dataclasses.replace(found, fields={**found.fields, "layers": module.layers})
+    return found
 
 
 def check_sizes(folder: str, part: str, module: Any, length: int | None = None) -> list[str]:

@@ -12,12 +12,13 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's names of data types that weights come in. Others are refused when the file is opened.
 DTYPES = {
@@ -25,6 +26,7 @@ DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
 }  # fmt: skip
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 class File(Mapping[str, np.ndarray]):
@@ -122,25 +124,59 @@ def open_folder(path: str | Path) -> Folder:
     return Folder({file.name: File(file)}, {})
 
 
-def write_folder(path: str | Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = 5 * 10**9) -> None:
+def write_folder(path: str | Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a folder that `open_folder` and transformers can read, in files of up to `shard_bytes` (or one tensor)."""
+    places = create_folder(path, {name: (x.shape, x.dtype) for name, x in tensors.items()}, shard_bytes)
+    for name, x in tensors.items():
+        places[name][...] = x
+
+
+def create_folder(
+    path: str | Path, tensors: Mapping[str, tuple[tuple[int, ...], Any]], shard_bytes: int = SHARD_BYTES
+) -> dict[str, np.ndarray]:
+    """Makes the files of a folder, full of zeros -> the place of each tensor in them: name -> writable array.
+
+    tensors: name -> (shape, dtype). What is put into a place goes to the file, in any order and piece by piece, and
+    takes no memory that the system could not take back.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, array in tensors.items():
-        if shards[-1] and size + array.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = array
-        size += array.nbytes
+    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in tensors.items()}
+    shards, total = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and total + size > shard_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += size
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [SINGLE]
     else:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        total = sum(array.nbytes for array in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (path / INDEX).write_text(json.dumps(index, indent=1))
+    places = {}
     for file, shard in zip(names, shards):
-        contiguous = {name: np.array(array, order="C", copy=None) for name, array in shard.items()}
-        save_file(contiguous, path / file, metadata={"format": "pt"})  # transformers requires this mark
+        places |= _create_file(path / file, {name: tensors[name] for name in shard})
+    return places
+
+
+def _create_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray]:
+    """One file of the format: the length of the header, 8 bytes; the header, JSON; the tensors one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this mark
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with open(path, "w+b") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        file.flush()
+        data = mmap.mmap(file.fileno(), 0)
+    offsets = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+    return {
+        name: np.ndarray(tuple(shape), np.dtype(dtype), data, offsets[name]) for name, (shape, dtype) in tensors.items()
+    }

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmllm.weights import families
 from jaxmllm.weights.convert import KeyMap, misfits
+from jaxmllm.weights.exported import KEY_MAP, ExportedPart, ExportedSource
 from jaxmllm.weights.hf_config import differences, read_config
 from jaxmllm.weights.hf_pictures import normalisation_differences
 from jaxmllm.weights.hub import download
@@ -103,15 +104,19 @@ class FolderPart:
         return f"{', '.join(ranges(unused))}: after the last tap" if unused else ""
 
 
-def open_source(text: str) -> FolderSource | WorkdirSource:
-    """FOLDER, hf:org/name@revision or run:WORKDIR[/stage[/step]]. Raises ValueError, in one line."""
+def open_source(text: str) -> FolderSource | ExportedSource | WorkdirSource:
+    """FOLDER (of Hugging Face or of `jaxmllm export`), hf:org/name@revision or run:WORKDIR[/stage[/step]].
+
+    Raises ValueError, in one line.
+    """
     if text.startswith("run:"):
         return open_workdir(text)
     if text.startswith("hf:"):
         return FolderSource(*download(text))
     if not Path(text).is_dir():
         raise ValueError(f"{text} is no folder; a source is FOLDER, hf:org/name@revision, run:WORKDIR or random")
-    return FolderSource(text, Path(text))
+    kind = ExportedSource if (Path(text) / KEY_MAP).is_file() else FolderSource
+    return kind(text, Path(text))
 
 
 def ranges(names: list[str]) -> list[str]:
@@ -131,4 +136,4 @@ def _follows(entry: tuple[str, str], stem: str, number: int) -> bool:
     return first.rpartition(".")[0] == stem and (last or first.rpartition(".")[2]) == str(number - 1)
 
 
-Part = FolderPart | WorkdirPart
+Part = FolderPart | ExportedPart | WorkdirPart
