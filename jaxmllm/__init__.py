@@ -7,6 +7,7 @@
     mllm.py      the whole model on one page   mesh.py          mesh axes and sharding rules
     sharded.py   operations on split arrays    host_batches.py  numpy batches -> arrays on all devices
     processes.py joins processes, sets malloc  bench.py         times real steps
+    json_text.py JSON of others, bounded
     data/        disk -> Batch                 encoders/        picture -> taps
     fusers/      taps -> one map               aggregators/     maps -> visual tokens
     llms/        tokens -> hidden states       objectives/      hidden states -> losses

@@ -26,6 +26,7 @@ class Source:
     path: str
     _: dataclasses.KW_ONLY
     image_root: str | None = None  # default: the folder of `path`
+    outside_root: bool = False  # whether records may name files outside image_root, also through links
     weight: float = 1.0  # share in the mixture
 
     def __post_init__(self):

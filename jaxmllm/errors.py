@@ -20,6 +20,14 @@ def suggest(name: str, known: Iterable[Any]) -> str:
     return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
+def shown(text: Any, limit: int = 200) -> str:
+    """Text of others for a message: at most `limit` characters, and escapes for what would steer a terminal or cannot
+    be written as UTF-8."""
+    text = str(text)
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def check_local(what: str, path: str | None) -> None:
     """Raises ConfigError for a URL such as gs://bucket/folder: files are read and written on this machine."""
     scheme, separator, _ = str(path).partition("://")

@@ -71,6 +71,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_image_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", help="folder of the pictures (default: that of the source)")
+    text = "let records name files outside that folder, also through links"
+    parser.add_argument("--outside-root", action="store_true", help=text)
 
 
 def load_run(args: argparse.Namespace) -> Run:

@@ -21,6 +21,6 @@ def run(args: argparse.Namespace) -> int:
     from jaxmllm.data.check import check, show_report
     from jaxmllm.data.sources.open import open_source
 
-    report = check(open_source(args.source, args.image_root), common.counter("records"))
+    report = check(open_source(args.source, args.image_root, args.outside_root), common.counter("records"))
     print(show_report(report))
     return 1 if report.bad else 0

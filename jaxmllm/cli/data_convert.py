@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.data.sources.array_record import convert
     from jaxmllm.data.sources.open import open_source
 
-    bad = convert(open_source(args.source, args.image_root), args.out, args.shards, common.counter("records"))
+    bad = convert(
+        open_source(args.source, args.image_root, args.outside_root), args.out, args.shards, common.counter("records")
+    )
     for sample in bad:
         print(f"left out: {sample}", file=sys.stderr)
     print(f"shards are in {args.out}; {len(bad)} records were left out")

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = recipes.load(args.config)
     for stage in recipe.stages:
         for source in stage.sources:
-            records, spec = open_source(source.path, source.image_root), sample_spec(recipe, stage)
+            records = open_source(source.path, source.image_root, source.outside_root)
+            spec = sample_spec(recipe, stage)
             found = stats(records, spec, progress=common.counter("records"))
             print(f"{stage.name}: {source.path}: {show_stats(found)}")

@@ -42,14 +42,14 @@ def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
 
 
 @functools.cache
-def opened(path: str, image_root: str | None) -> RecordSource:
+def opened(path: str, image_root: str | None, outside_root: bool) -> RecordSource:
     """A source, which a process opens once: large files are read whole for their index and fingerprint."""
-    return open_source(path, image_root)
+    return open_source(path, image_root, outside_root)
 
 
 def weighted_sources(stage: Stage) -> list[tuple[RecordSource, float]]:
     """The opened sources of a stage, with their weights."""
-    return [(opened(source.path, source.image_root), source.weight) for source in stage.sources]
+    return [(opened(s.path, s.image_root, s.outside_root), s.weight) for s in stage.sources]
 
 
 def resolve_shards(data: Data, rows: int) -> int:

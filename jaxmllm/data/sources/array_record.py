@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxmllm.data.sources.record import BadSample, Blob, Record, RecordSource
+from jaxmllm import json_text
+from jaxmllm.data.sources.record import MAPS, BadSample, Blob, Record, RecordSource
+from jaxmllm.errors import shown
 
 ENDS = 1 << 16  # bytes of the head and of the tail of a shard that its fingerprint covers
 
@@ -24,7 +26,7 @@ class ArrayRecordSource:
 
     A record is the length of its header (4 bytes, little-endian), the header as JSON {"id", "data", "blobs":
     [[field, path, size], ...]}, then the blobs: pictures (field "image") and target maps. Raises ValueError for missing
-    shards.
+    shards and for a file that is none.
     """
 
     def __init__(self, path: str):
@@ -43,7 +45,10 @@ class ArrayRecordSource:
         """The shards, opened."""
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        return ArrayRecordDataSource(self.files)
+        try:
+            return ArrayRecordDataSource(self.files)
+        except Exception as error:  # the reader raises RuntimeError, which does not name the file
+            raise ValueError(f"cannot read {self.path} as ArrayRecord shards: {shown(error, 400)}") from None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -65,18 +70,33 @@ class ArrayRecordSource:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
-        content = memoryview(self.records[index])
-        start = 4 + struct.unpack("<I", content[:4])[0]
-        header = json.loads(bytes(content[4:start]))
-        images, maps = [], {}
-        for field, path, size in header["blobs"]:
-            blob = Blob(path, content[start : start + size].tobytes)
-            start += size
-            if field == "image":
-                images.append(blob)
-            else:
-                maps[field] = blob
-        return Record(header["id"], self.path, header["data"], images, maps)
+        try:
+            return unpacked(memoryview(self.records[index]), self.path)
+        except Exception as error:  # a file of others may hold anything
+            reason = shown(error, 400) or type(error).__name__
+            raise BadSample(str(index), self.path, "damaged record", reason) from None
+
+
+def unpacked(content: memoryview, path: str) -> Record:
+    """The inverse of `packed`; path: of the source. Raises an error of any type for another format."""
+    start = 4 + struct.unpack("<I", content[:4])[0]
+    header = json_text.loads(bytes(content[4:start]))
+    id, data = header["id"], header["data"]
+    if not isinstance(id, str) or not isinstance(data, dict):
+        raise ValueError("its header has no id and data")
+    images, maps = [], {}
+    for field, name, size in header["blobs"]:
+        if field not in ("image", *MAPS) or not isinstance(name, str) or type(size) is not int or size < 0:
+            raise ValueError(f"its header names a blob {field!r}, {name!r} of {size!r} bytes")
+        blob = Blob(name, content[start : start + size].tobytes)
+        start += size
+        if field == "image":
+            images.append(blob)
+        else:
+            maps[field] = blob
+    if start != len(content):
+        raise ValueError(f"it has {len(content)} bytes, and its header says {start}")
+    return Record(id, path, data, images, maps)
 
 
 def convert(

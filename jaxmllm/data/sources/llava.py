@@ -8,7 +8,9 @@ import os
 from typing import Any
 
 from jaxmllm.data.sources.json_bounds import parse, scan
-from jaxmllm.data.sources.record import MAPS, NO_IMAGE, Blob, Record, read_file
+from jaxmllm.data.sources.record import MAPS, NO_IMAGE, BadSample, Blob, Record, path_in, read_file
+
+MAX_IMAGES = 1024  # of a record
 
 
 class LlavaSource:
@@ -16,15 +18,16 @@ class LlavaSource:
 
     The file is mapped, not loaded, and read once to see where records start and to hash it. The field `image` is a path
     relative to `image_root` (default: the folder of the file) or a list of paths; it is absent or one of NO_IMAGE for
-    text only.
+    text only. A path that leads out of `image_root` makes a bad record, unless `outside_root` allows it.
     Raises ValueError for a file that is missing or is not JSON.
     """
 
-    def __init__(self, path: str, image_root: str | None = None):
+    def __init__(self, path: str, image_root: str | None = None, outside_root: bool = False):
         self.path = str(path)
         if not os.path.isfile(self.path):
             raise ValueError(f"no data file {self.path}")
         self.root = str(image_root) if image_root else os.path.dirname(self.path)
+        self.outside_root = outside_root
         self.bounds, self.fingerprint = scan(self.content, self.path)
 
     @functools.cached_property
@@ -41,19 +44,26 @@ class LlavaSource:
         return len(self.bounds)
 
     def __getitem__(self, index: int) -> Record:
-        start, end = self.bounds[index].tolist()
-        data = parse(self.content[start:end], index, self.path)
-        names = data.get("image")
+        data = parse(self.content, *self.bounds[index].tolist(), index, self.path)
+        id, names = str(data.get("id", index)), data.get("image")
         names = [n for n in (names if isinstance(names, list) else [names]) if str(n) not in NO_IMAGE]
+        if len(names) > MAX_IMAGES:
+            raise BadSample(id, self.path, "too many pictures", f"{len(names)}, and the limit is {MAX_IMAGES}")
+        maps = {key: data[key] for key in MAPS if data.get(key) is not None}
         return Record(
-            id=str(data.get("id", index)),
+            id=id,
             path=self.path,
             data=data,
-            images=[self.file(name) for name in names],
-            maps={key: self.file(data[key]) for key in MAPS if isinstance(data.get(key), str)},
+            images=[self.file(id, "image", name) for name in names],
+            maps={key: self.file(id, key, name) for key, name in maps.items()},
         )
 
-    def file(self, name: str) -> Blob:
-        """The file of a name that a record gives."""
-        path = os.path.join(self.root, str(name))
+    def file(self, id: str, field: str, name: Any) -> Blob:
+        """The file that a record names. Raises BadSample if it names none, or one that it may not."""
+        if not isinstance(name, str):
+            raise BadSample(id, self.path, "not a path", f"{field} is {name!r}")
+        try:
+            path = path_in(self.root, name, self.outside_root)
+        except (ValueError, OSError) as error:
+            raise BadSample(id, name, "not a path in the image root", str(error)) from None
         return Blob(path, functools.partial(read_file, path))

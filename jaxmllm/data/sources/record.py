@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxmllm.errors import shown
+
 MAPS = ("depth", "instances")  # fields that hold the paths of target maps; see data/targets.py
+MAX_FILE = 256 << 20  # bytes of a picture or map
 NO_IMAGE = ("", "None", "none", "nan")  # values of the field `image`, as text, that mean "no picture"
 
 
@@ -17,9 +22,10 @@ class BadSample(ValueError):
     """A record that cannot be trained on: `kind` is one of a few fixed phrases, `reason` adds the details."""
 
     def __init__(self, id: str, path: str, kind: str, detail: str = ""):
-        self.id, self.path, self.kind = id, path, kind
-        self.reason = f"{kind}: {detail}" if detail else kind
-        super().__init__(f"sample {id} ({path}): {self.reason}")
+        # All but the kind may come from a file of others; what they hold must not end a log or steer a terminal.
+        self.id, self.path, self.kind = shown(id), shown(path, 500), kind
+        self.reason = f"{kind}: {shown(detail, 500)}" if detail else kind
+        super().__init__(f"sample {self.id} ({self.path}): {self.reason}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +77,30 @@ class RecordSource(Protocol):
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a file. Raises OSError, also for a device or pipe, and for a file of more than MAX_FILE bytes."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is a folder, a device or a pipe")
+    if found.st_size > MAX_FILE:
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, and the limit is {MAX_FILE}")
     with open(path, "rb") as file:
-        return file.read()
+        return file.read(MAX_FILE)
+
+
+def path_in(root: str, name: str, outside: bool = False) -> str:
+    """The path of a file that a record names, relative to `root`.
+
+    Raises ValueError if it could not be a path, or leads out of `root`, by "..", as an absolute path or through a link,
+    unless `outside` allows that.
+    """
+    if "\0" in name:
+        raise ValueError("the name holds a NUL character")
+    path = os.path.join(root, name)
+    if not outside:
+        top, real = os.path.realpath(root), os.path.realpath(path)
+        if os.path.commonpath([top, real]) != top:
+            raise ValueError(f"it leads to {real}, outside the image root {top}; outside_root=True allows that")
+    return path
 
 
 def case_variant(path: str) -> str | None:

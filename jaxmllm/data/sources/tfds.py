@@ -8,7 +8,12 @@ import json
 import os
 from typing import Any
 
-from jaxmllm.data.sources.record import Blob, Record
+from jaxmllm import json_text
+from jaxmllm.data.sources.record import BadSample, Blob, Record
+from jaxmllm.errors import shown
+
+FEATURES = "tensorflow_datasets.core.features."
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # those of features.json that name a class
 
 
 class TfdsSource:
@@ -23,6 +28,7 @@ class TfdsSource:
         self.path = f"{folder}:{split}"
         if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
             raise ValueError(f"{folder} is not a TFDS folder: it has no dataset_info.json")
+        check_features(os.path.join(folder, "features.json"))
         splits, features = self.builder.info.splits, set(self.builder.info.features)
         if split not in splits:
             raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
@@ -62,6 +68,14 @@ class TfdsSource:
         return self.builder.info.splits[self.split].num_examples
 
     def __getitem__(self, index: int) -> Record:
+        try:
+            return self.record(index)
+        except Exception as error:  # a file of others may hold anything
+            reason = shown(error, 400) or type(error).__name__
+            raise BadSample(str(index), self.path, "damaged record", reason) from None
+
+    def record(self, index: int) -> Record:
+        """A record. Raises an error of any type for a damaged one."""
         example = self.records[index]
         marker = "<image>\n" if "image" in example else ""
         if "conversations" in example:
@@ -72,6 +86,23 @@ class TfdsSource:
         data = {"id": id, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
         images = [Blob(f"{self.path}[{index}]", lambda: example["image"])] if marker else []
         return Record(id, self.path, data, images, {})
+
+
+def check_features(path: str) -> None:
+    """Raises ValueError if features.json is damaged, or names a class that is not of TFDS: TFDS would import it."""
+    try:
+        with open(path, "rb") as file:
+            waiting = [json_text.loads(file.read(json_text.MAX_BYTES + 1))]
+        while waiting:
+            node = waiting.pop()
+            for key, value in node.items() if isinstance(node, dict) else ():
+                if key in CLASS_KEYS and isinstance(value, str) and not value.startswith(FEATURES):
+                    raise ValueError(f"it names the class {shown(value)}, and only those in {FEATURES} are allowed")
+                # TFDS's older format has JSON in a string.
+                waiting.append(json_text.loads(value.encode()) if key == "json" and isinstance(value, str) else value)
+            waiting += node if isinstance(node, list) else []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 def as_text(value: Any) -> str:

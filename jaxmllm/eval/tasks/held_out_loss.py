@@ -54,7 +54,7 @@ class HeldOutLoss:
                 known = suggest(name, run.model.loss_names)
                 raise ConfigError(f"task {self.name}: the model has no objective {name!r}{known}")
         mesh, data, spec = run.mesh.build(), run.data_of(stage), sample_spec(run, stage)
-        source = open_source(self.source.path, self.source.image_root)
+        source = open_source(self.source.path, self.source.image_root, self.source.outside_root)
         if not len(source):
             raise ConfigError(f"task {self.name}: {self.source.path} has no records")
         index, parts = host_batches.process_rows(mesh)
