@@ -28,13 +28,13 @@ def write_source(root: Path) -> LlavaSource:
         pictures = 0 if k % 4 == 3 else 2 if k % 5 == 4 else 1
         names = [f"{k}-{j}.png" for j in range(pictures)]
         for name in names:
-            size = (*rng.integers(4, 20, 2), 3)
-            Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(root / name)
+            size = tuple(rng.integers(4, 20, 2))
+            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / name)
         question = "<image>" * pictures + " why" * (1 + 5 * k % 11)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"because {k}"}]
         record = {"id": f"r{k}", "image": names, "conversations": turns}
         if k % 3 == 0:
-            Image.fromarray(rng.integers(0, 3, (6, 6), dtype=np.uint8)).save(root / f"{k}.map.png")
+            Image.fromarray(rng.integers(0, 3, size, dtype=np.uint8)).save(root / f"{k}.map.png")
             record |= {"instances": f"{k}.map.png", "objects": ["frog", "pond"]}
         records.append(record)
     (root / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

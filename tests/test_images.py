@@ -14,7 +14,8 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
-from jaxmllm.data.images import decode, key_mask, padding, prepare, size_after_fit, token_mask
+from jaxmllm.data.images import key_mask, padding, prepare, size_after_fit, token_mask
+from jaxmllm.data.picture import Picture, decode
 from jaxmllm.data.samples import visual_indices
 from tests.conftest import ROOT
 
@@ -82,7 +83,8 @@ def pixels(file, encoder, fast_jpeg):
     """A JPEG file, decoded and prepared for an encoder."""
     image = Image.open(file)
     size = image.size
-    return prepare(decode(None, None, image, [size_after_fit(size, encoder)], fast_jpeg), encoder, size)
+    picture = Picture(image, None, size)
+    return prepare(decode(None, None, picture, [size_after_fit(size, encoder)], fast_jpeg), encoder, size)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
@@ -135,6 +137,32 @@ def test_prepare_pads_in_the_middle():
     prepared = prepare(Image.new("RGB", (5, 2), (200, 200, 200)), encoder)
     assert (prepared[1:3] == 200).all() and (prepared[[0, 3, 4]] == (1, 2, 3)).all()
     assert prepare(Image.new("RGB", (300, 100)), EncoderInput(48, 1, (9, 9, 9))).shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize("size", [(3000, 7), (7, 3000), (1000, 999), (999, 1000), (1, 40), (40, 1), (30, 2500)])
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
+def test_padding_without_the_square_gives_the_same_pixels(size, filter, monkeypatch):
+    monkeypatch.setattr("jaxmllm.data.images.STRIP", 100_000)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    encoder, side = EncoderInput(48, 6, (122, 116, 104), filter=filter), max(size)
+    square = Image.new("RGB", (side, side), encoder.pad_color)
+    square.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
+    whole = np.asarray(square.resize((48, 48), Image.Resampling[filter.upper()]))
+    np.testing.assert_array_equal(prepare(picture, encoder), whole)
+
+
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (30000, 40)])
+def test_thin_pictures_take_little_memory(size, monkeypatch):
+    """No picture that is made has more pixels than a strip, or than the picture resized along one side."""
+    made, new = [], Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *args: made.append(size) or new(mode, size, *args))
+    prepare(new("RGB", size, (200, 0, 0)), EncoderInput(48, 6, (0, 0, 0)))
+    assert max(width * height for width, height in made) <= 1 << 22
+
+
+def test_a_crop_of_a_thin_picture_is_refused():
+    with pytest.raises(ValueError, match="with a shorter side of 336 they would be 4032000 x 336, and the limit is"):
+        prepare(Image.new("RGB", (12000, 1)), EncoderInput(336, 24, (0, 0, 0), "crop"))
 
 
 def test_unknown_fit_is_refused():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
 from jaxmllm.data.check import check, stats
+from jaxmllm.data.images import View
 from jaxmllm.data.samples import SampleSpec, make_sample
 from jaxmllm.data.sources.llava import LlavaSource
 from jaxmllm.data.sources.record import BadSample
@@ -108,9 +109,10 @@ def test_map_targets(source, tokenizer, tmp_path):
 
 
 def test_area_means_of_a_padded_map():
-    ones = area_means(np.ones((7, 30), np.float32), 4)  # a band in the middle of a 30 x 30 square
+    view = View((60, 14), LAYOUT.encoders["a"])
+    ones = area_means(np.ones((7, 30), np.float32), 4, view.square(30, 7))  # a band in the middle of a square
     assert np.isclose(ones.mean(), 7 / 30) and (ones[[0, 3]] == 0).all()
-    assert np.allclose(area_means(np.ones((9, 9), np.float32), 4), 1)
+    assert np.allclose(area_means(np.ones((9, 9), np.float32), 4, (0, 0, 9, 9)), 1)
 
 
 def test_bad_samples_say_why(source, tokenizer, tmp_path):

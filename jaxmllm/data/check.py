@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from jaxmllm.data.conversation import exchanges, system_text
-from jaxmllm.data.images import decode, open_image
+from jaxmllm.data.picture import decode, open_image
 from jaxmllm.data.samples import SampleSpec
 from jaxmllm.data.sizes import Progress, packed_rows, sample_sizes
 from jaxmllm.data.sources.record import BadSample, RecordSource

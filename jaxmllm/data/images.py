@@ -1,46 +1,20 @@
-"""From a picture file to square pixels of an encoder's size, and which tokens show only padding.
+"""From a picture to square pixels of an encoder's size, and which tokens show only padding.
 
 Pixels stay 0..255; encoders normalise them. Padding follows Cambrian-1's arithmetic exactly (tests/goldens).
 """
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import math
-import re
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from jaxmllm.batch import EncoderInput
-from jaxmllm.data.sources.record import BadSample, Blob, Record
+from jaxmllm.data.picture import MAX_PIXELS
 
-
-def open_image(record: Record, blob: Blob) -> Image.Image:
-    """The picture, opened: its size is known, its pixels are not decoded yet. Raises BadSample."""
-    content = record.read(blob)
-    try:
-        return Image.open(io.BytesIO(content))
-    except Exception as error:
-        raise unreadable(record, blob, error) from None
-
-
-def decode(
-    record: Record, blob: Blob, image: Image.Image, min_sizes: Sequence[tuple[int, int]] = (), fast_jpeg: bool = False
-) -> Image.Image:
-    """The picture as RGB, its pixels decoded. Raises BadSample for a truncated or broken file.
-
-    fast_jpeg: decode a JPEG at 1/2, 1/4 or 1/8 of its size, as long as that is at least twice each (width, height) in
-    `min_sizes`. Large JPEGs take a quarter of the time; pixels differ by 0.5 of 255 on average, by up to 62 at edges
-    (docs/log.md).
-    """
-    try:
-        if fast_jpeg:
-            image.draft("RGB", tuple(2 * max(sides) for sides in zip(*min_sizes)))  # no effect on other formats
-        return image.convert("RGB")
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more
-        raise unreadable(record, blob, error) from None
+STRIP = 1 << 22  # pixels of a padded picture that are held at once
 
 
 def size_after_fit(size: tuple[int, int], encoder: EncoderInput, grid: tuple[int, int] = (0, 0)) -> tuple[int, int]:
@@ -53,12 +27,6 @@ def size_after_fit(size: tuple[int, int], encoder: EncoderInput, grid: tuple[int
     return tuple(math.ceil(side * scale) for side in size)
 
 
-def unreadable(record: Record, blob: Blob, error: Exception) -> BadSample:
-    """The error that says why a picture cannot be decoded."""
-    reason = re.sub(r"<_io\.BytesIO[^>]*>", "it", str(error)) or type(error).__name__
-    return record.bad("unreadable picture", reason, blob.path)
-
-
 def prepare(image: Image.Image, encoder: EncoderInput, size: tuple[int, int] | None = None) -> np.ndarray:
     """An RGB picture -> uint8[px, px, 3], made square as encoder.fit says.
 
@@ -68,18 +36,68 @@ def prepare(image: Image.Image, encoder: EncoderInput, size: tuple[int, int] | N
     width, height = size or image.size
     method = Image.Resampling[encoder.filter.upper()]
     if encoder.fit == "crop":
-        edge, short = encoder.edge or encoder.size, min(width, height)
-        width, height = (edge if side == short else int(edge * side / short) for side in (width, height))
+        width, height = size_before_crop((width, height), encoder)
         left, top = (width - encoder.size) // 2, (height - encoder.size) // 2
         resized = image.resize((width, height), method)
         return np.asarray(resized.crop((left, top, left + encoder.size, top + encoder.size)))
     if encoder.fit == "pad" and width != height:
-        width, height = image.size
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), encoder.pad_color)
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = square
+        return np.asarray(resized_square(image, encoder.size, encoder.pad_color, method))
     return np.asarray(image.resize((encoder.size, encoder.size), method))
+
+
+def size_before_crop(size: tuple[int, int], encoder: EncoderInput) -> tuple[int, int]:
+    """(width, height) to which a picture is resized before its middle is kept. Raises ValueError if it is too large."""
+    edge, short = encoder.edge or encoder.size, min(size)
+    width, height = (edge if side == short else int(edge * side / short) for side in size)
+    if width * height > MAX_PIXELS:
+        of = f"{size[0]} x {size[1]} pixels; with a shorter side of {edge} they would be {width} x {height}"
+        raise ValueError(f"{of}, and the limit is {MAX_PIXELS} pixels")
+    return width, height
+
+
+def resized_square(image: Image.Image, px: int, color: tuple[int, int, int], method: int) -> Image.Image:
+    """A picture in the middle of a square of `color`, resized to (px, px), without holding the whole square.
+
+    Pillow resizes rows first, then columns, and rounds between, so the same can be done one after the other: a wide
+    picture needs only its own rows of the square, a tall one some rows at a time.
+    """
+    width, height = image.size
+    side = max(width, height)
+    if width > height:
+        square = Image.new("RGB", (px, side), color)
+        square.paste(image.resize((px, height), method), (0, (side - height) // 2))
+        return square.resize((px, px), method)
+    narrow, rows = Image.new("RGB", (px, side)), max(STRIP // side, 1)
+    for top in range(0, side, rows):
+        part = image.crop((0, top, width, min(top + rows, side)))
+        strip = Image.new("RGB", (side, part.height), color)
+        strip.paste(part, ((side - width) // 2, 0))
+        narrow.paste(strip.resize((px, part.height), method), (0, top))
+    return narrow.resize((px, px), method)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Which part of a picture the encoders see."""
+
+    size: tuple[int, int]  # (width, height) of the upright picture
+    encoder: EncoderInput
+
+    def matches(self, width: int, height: int) -> bool:
+        """Whether a map of this size has the picture's proportions, up to one pixel."""
+        return abs(width * self.size[1] - height * self.size[0]) <= max(self.size)
+
+    def square(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of what the encoders' grids cover, in the pixels of a map of the picture."""
+        if self.encoder.fit == "squash":
+            return 0, 0, width, height
+        if self.encoder.fit == "pad":
+            side = max(width, height)
+            left, top = -((side - width) // 2), -((side - height) // 2)
+            return left, top, left + side, top + side
+        sides, px = size_before_crop(self.size, self.encoder), self.encoder.size
+        starts = [(side - px) // 2 * length / side for side, length in zip(sides, (width, height))]
+        return (*starts, *(start + px * length / side for start, side, length in zip(starts, sides, (width, height))))
 
 
 def size_in_tiles(size: tuple[int, int], grid: tuple[int, int], tile: int) -> tuple[int, int]:

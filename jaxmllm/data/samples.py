@@ -16,7 +16,8 @@ import numpy as np
 from jaxmllm.batch import IGNORE_LABEL, VisualLayout
 from jaxmllm.data.conversation import exchanges, system_text
 from jaxmllm.data.encoding import Encoder
-from jaxmllm.data.images import decode, open_image, padding, size_after_fit, token_mask, views
+from jaxmllm.data.images import View, padding, size_after_fit, token_mask, views
+from jaxmllm.data.picture import decode, open_image
 from jaxmllm.data.sources.record import Record
 from jaxmllm.data.targets import Targets
 from jaxmllm.data.templates import ChatTemplate
@@ -48,6 +49,9 @@ class SampleSpec:
         if self.tiling and (tokens.per_cell != 1 or tokens.extra):
             made = f"{tokens.per_cell} per cell of a {tokens.grid} x {tokens.grid} grid and {tokens.extra} others"
             raise ValueError(f"tiling needs an aggregator that makes one token per cell and no others, not {made}")
+        cuts = {(e.edge or e.size) / e.size for e in self.layout.encoders.values() if e.fit == "crop"}
+        if self.targets and len(cuts) > 1:
+            raise ValueError("targets need encoders that see the same part of a picture, but edge / size differs")
         for marker in self.template.markers():
             if self.tokenizer.backend.token_to_id(marker) is None:
                 missing = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"
@@ -109,9 +113,13 @@ def make_sample(record: Record, index: int, spec: SampleSpec, reply_open: bool =
         sizes_needed = [size_after_fit(size, encoder, grid) for encoder in layout.encoders.values()]
         image = decode(record, blob, image, sizes_needed, spec.fast_jpeg)
         for name, encoder in layout.encoders.items():
-            pixels[name] += [*views(image, encoder, grid, size)]
+            try:
+                pixels[name] += [*views(image, encoder, grid, size)]
+            except ValueError as error:
+                raise record.bad("too large picture", str(error), blob.path) from None
             pads[name] += [padding(*layout.shape(size), encoder.grid), *[(0, 0)] * tiles]
-        targets += [spec.targets(record, j) if spec.targets else {}, *[{}] * tiles]
+        view = View(size, next(iter(layout.encoders.values())))
+        targets += [spec.targets(record, j, view) if spec.targets else {}, *[{}] * tiles]
     return Sample(
         id=index,
         tokens=tokens,

@@ -11,9 +11,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxmllm.data.images import open_image
 from jaxmllm.data.mixture import furthest_behind, normalized
 from jaxmllm.data.packing import MAX_SAMPLES, OPEN_ROWS, Bins
+from jaxmllm.data.picture import open_image
 from jaxmllm.data.samples import SampleSpec, make_tokens
 from jaxmllm.data.sources.record import BadSample, RecordSource
 
