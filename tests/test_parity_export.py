@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from jaxmllm.data.tokenizer import load_tokenizer
+from jaxmllm.eval.verify import verify
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.fusers.single import Single
 from jaxmllm.weights.export import export
 from tests import llava_case
+from tests.conftest import jaxmllm
 from tests.parity import TOLERANCE
 from tests.run_case import random_of, run_of, save
 from tests.test_export import CLIP, bytes_, llava, text_only, words  # noqa: F401
@@ -40,6 +42,7 @@ def test_a_decoder(tmp_path, words, fields):  # noqa: F811
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+    assert verify(str(tmp_path / "run"), f"transformers:{tmp_path}/out").equal()
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,10 @@ def test_llava(tmp_path, bytes_, fuser, taps, vit, fit):  # noqa: F811
     batch = llava_case.batch_of(model, tokens, np.full_like(tokens, -100), pixels, image)
     logits, _ = llava_case.outputs(model, params, batch)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_verify_on_a_mesh(tmp_path, bytes_):  # noqa: F811
+    exported(tmp_path, llava(load_tokenizer(str(bytes_)).size + 3), bytes_)
+    sides = f"{tmp_path}/run", f"transformers:{tmp_path}/out"
+    done = jaxmllm("verify", *sides, "--mesh", "data=2", "fsdp=2", "tensor=2", devices=8)
+    assert done.stdout.endswith("\nequal\n") and "aggregator: outputs differ by at most" in done.stdout

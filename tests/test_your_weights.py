@@ -96,10 +96,11 @@ def page(tmp_path_factory) -> tuple[Path, dict[str, subprocess.CompletedProcess]
 
 def test_every_command_of_the_page_runs(page):
     _, outputs = page
-    assert outputs.keys() == {"data", "train", "eval", "chat", "export"}
+    assert outputs.keys() == {"data", "train", "eval", "chat", "export", "verify"}
     assert outputs["data"].stdout.startswith("9 records, 9 pictures, 0 records unusable")
     assert outputs["chat"].stdout.startswith("model: ")
     assert "next_token" in outputs["eval"].stdout
+    assert outputs["verify"].stdout.endswith("\nequal\n")
     assert outputs["export"].stdout.startswith(
         "exported/mine: LlavaForConditionalGeneration from run:runs/mine/instruct/5"
     )

@@ -21,13 +21,14 @@ from jaxmllm.cli import (
     export,
     plan,
     train,
+    verify,
 )
 from jaxmllm.errors import check_local
 from jaxmllm.processes import keep_freed_memory
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA; the commands import it when they run
 
-COMMANDS = (train, eval, chat, export, plan, bench)
+COMMANDS = (train, eval, chat, export, verify, plan, bench)
 DATA_COMMANDS = (data_make_scenes, data_check, data_stats, data_convert)
 
 
