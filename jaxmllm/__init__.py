@@ -7,14 +7,15 @@
     mllm.py      the whole model on one page   mesh.py          mesh axes and sharding rules
     sharded.py   operations on split arrays    host_batches.py  numpy batches -> arrays on all devices
     processes.py joins processes, sets malloc  bench.py         times real steps
-    json_text.py JSON of others, bounded
+    json_text.py JSON of others, bounded       json_lines.py    JSON Lines that survive a crash
     data/        disk -> Batch                 encoders/        picture -> taps
     fusers/      taps -> one map               aggregators/     maps -> visual tokens
     llms/        tokens -> hidden states       objectives/      hidden states -> losses
     nn/          layers that the parts share   train/           batches -> next state
     weights/     Hugging Face in and out       eval/            a trained state -> answers and scores
     plan/        a config on a TPU slice       scenes/          a data set of composed sprites
-    cli/         the command line              jax_internals.py what is read of JAX's jaxprs
+    cli/         the command line              report/          a run, or a data set, as one HTML page
+    jax_internals.py what is read of JAX's jaxprs
 
 The parts of the model (data/ to objectives/) never import one another; only mllm.py joins them. Neither train/ nor
 nn/ imports a part.

@@ -20,7 +20,6 @@ from jaxmllm import host_batches
 from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.config import Run, Stage
 from jaxmllm.data.build import make_loader
-from jaxmllm.errors import ConfigError
 from jaxmllm.plan.chips import CHIPS
 from jaxmllm.plan.compile import peak_bytes
 from jaxmllm.plan.flops import model_flops
@@ -39,10 +38,7 @@ PEAKS = {
 
 def choose_stage(run: Run, name: str | None = None) -> Stage:
     """The stage of this name, by default the last. Raises ConfigError if there is none."""
-    stages = {stage.name: stage for stage in run.stages}
-    if name and name not in stages:
-        raise ConfigError(f"--stage {name}: {run.name} has the stages {', '.join(stages)}")
-    return fixed_steps(stages[name or run.stages[-1].name])
+    return fixed_steps(run.stage(name or run.stages[-1].name))
 
 
 def synthetic(run: Run, stage: Stage, rows: int) -> Batch:

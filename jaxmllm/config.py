@@ -181,6 +181,13 @@ class Run:
         named = [f"{group}.{name}" for group in groups for name in getattr(self.model, group)]
         return ["llm", *named, *(["aggregator"] if self.model.aggregator else [])]
 
+    def stage(self, name: str) -> Stage:
+        """The stage of this name. Raises ConfigError if there is none."""
+        stages = {stage.name: stage for stage in self.stages}
+        if name not in stages:
+            raise ConfigError(f"{self.name} has no stage {name!r}{suggest(name, stages)}")
+        return stages[name]
+
     def data_of(self, stage: Stage) -> Data:
         """How records become rows in a stage."""
         return dataclasses.replace(self.data, **stage.data)

@@ -143,6 +143,15 @@ def test_an_interrupted_run_writes_the_rows_of_an_unbroken_one(unbroken, broken)
     assert all(row.keys() >= {"stage", "loss", "grad_norm", "learning_rate"} for row in rows(unbroken))
 
 
+def test_each_start_has_a_row_that_says_where_it_began(unbroken, broken):
+    starts = [[json.loads(line) for line in open(workdir / "starts.jsonl")] for workdir in (unbroken, broken)]
+    assert [[(row["stage"], row["step"]) for row in each] for each in starts] == [
+        [("align", 0)],
+        [("align", 0), ("align", 3)],
+    ]
+    assert starts[1][1]["devices"] == jax.device_count() and starts[1][1]["versions"]["jax"] == jax.__version__
+
+
 def test_an_interrupted_run_ends_in_the_state_of_an_unbroken_one(run, unbroken, broken):
     one, other = stored(unbroken, STEPS), stored(broken, STEPS)
     assert set(one) == {"step", "trainable", "opt_state", "ema"} and one["ema"].keys() == one["trainable"].keys()

@@ -19,3 +19,7 @@ def test_train_resume_eval_chat(scenes, tmp_path):
     assert (tmp_path / "eval.png").stat().st_size > 10_000
     picture = next((scenes / "images" / "heldout").iterdir())
     assert jaxmllm("chat", tmp_path, "--image", picture, "--prompt", "Describe the image.").stdout.startswith("model:")
+    assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 1  # the second command had nothing to train
+    assert "report.html shows the run" in jaxmllm("report", tmp_path).stdout
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("of the attention to the picture") == 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from jaxmllm.cli import common
 
@@ -12,19 +13,26 @@ def add(commands) -> None:
         commands, "stats", run, "lengths and packing of a config's data sets", "jaxmllm data stats configs/toy.py"
     )
     common.add_config(parser)
+    parser.add_argument("--stage", help="this stage only (default: all)")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with plots")
+    common.add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints lengths and packing of every source of a config."""
-    from jaxmllm import recipes
-    from jaxmllm.data.build import sample_spec
-    from jaxmllm.data.check import show_stats, stats
-    from jaxmllm.data.sources.open import open_source
+    from jaxmllm.data.check import show_stats
+    from jaxmllm.data.sizes import MEASURED
+    from jaxmllm.report import data
+    from jaxmllm.report.page import Section, render
 
-    recipe = recipes.load(args.config)
-    for stage in recipe.stages:
-        for source in stage.sources:
-            records = open_source(source.path, source.image_root, source.outside_root)
-            spec = sample_spec(recipe, stage)
-            found = stats(records, spec, progress=common.counter("records"))
-            print(f"{stage.name}: {source.path}: {show_stats(found)}")
+    config = common.load_run(args)
+    stages, sources = (config.stage(args.stage),) if args.stage else config.stages, []
+    for each in data.measured(config, stages, MEASURED, common.counter("records")):
+        sources.append(each)
+        print(f"{each.stage.name}: {each.source.path}: {show_stats(each.stats)}")
+    if args.html:
+        page = render(
+            f"{config.name}: data", f"The data of {args.config}.", [Section("Data", data.source_blocks(sources))]
+        )
+        Path(args.html).write_text(page, encoding="utf-8")
+        print(f"{args.html} shows them; open it in a browser")

@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> None:
     processes.join_processes(args.distributed)
     import jax
 
-    from jaxmllm.eval.lines import append_line, training_cost
+    from jaxmllm.eval.cost import training_cost
     from jaxmllm.eval.restore import newest_checkpoint
+    from jaxmllm.json_lines import append_line
 
     found = newest_checkpoint(args.workdir, args.overrides, args.config)
     task = chosen_task(args, found.config)

@@ -20,6 +20,7 @@ from jaxmllm.cli import (
     eval,
     export,
     plan,
+    report,
     train,
     verify,
 )
@@ -28,7 +29,16 @@ from jaxmllm.processes import keep_freed_memory
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports XLA; the commands import it when they run
 
-COMMANDS = (train, eval, chat, export, verify, plan, bench)
+COMMANDS = (
+    train,
+    eval,
+    chat,
+    report,
+    export,
+    verify,
+    plan,
+    bench,
+)
 DATA_COMMANDS = (data_make_scenes, data_check, data_stats, data_convert)
 
 

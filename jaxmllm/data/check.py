@@ -10,7 +10,7 @@ import numpy as np
 from jaxmllm.data.conversation import exchanges, system_text
 from jaxmllm.data.picture import decode, open_image
 from jaxmllm.data.samples import SampleSpec
-from jaxmllm.data.sizes import Progress, packed_rows, sample_sizes
+from jaxmllm.data.sizes import MEASURED, MeasuredSource, Progress, packed_rows, sample_sizes
 from jaxmllm.data.sources.record import BadSample, RecordSource
 
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -65,14 +65,18 @@ def check(source: RecordSource, progress: Progress | None = None) -> Report:
     return Report(len(source), images, dict(sources), problems, duplicates)
 
 
-def stats(source: RecordSource, spec: SampleSpec, limit: int = 10_000, progress: Progress | None = None) -> Stats:
+def stats(source: RecordSource, spec: SampleSpec, limit: int = MEASURED, progress: Progress | None = None) -> Stats:
     """Lengths of at most `limit` records, spread over the source, and how well they pack.
 
     Only the sizes of pictures are read. Raises ValueError if no record is usable.
     """
-    found = sample_sizes(source, spec, limit, progress)
+    return summarize(sample_sizes(source, spec, limit, progress), spec)
+
+
+def summarize(found: MeasuredSource, spec: SampleSpec, packing: bool = True) -> Stats:
+    """The figures of a source that has been measured; without packing each sample has a row of its own."""
     lengths = [size.tokens for size in found.usable]
-    rows = packed_rows(found.usable, spec)
+    rows = packed_rows(found.usable, spec) if packing else [[size] for size in found.usable]
     names = ("min", *(f"p{p}" for p in PERCENTILES[1:-1]), "max")
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest").tolist()
     return Stats(

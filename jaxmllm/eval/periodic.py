@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmllm.config import Run, Stage
-from jaxmllm.eval.lines import append_line, read_lines
+from jaxmllm.json_lines import append_line, read_lines
 from jaxmllm.train.metrics import Reporter
 from jaxmllm.train.state import Params, TrainState
 

@@ -44,10 +44,7 @@ def plan(run: Run, topology: Topology, only: str | None = None, say: Callable[[s
 
     Raises ConfigError for an unknown stage and for whatever is wrong with the recipe.
     """
-    names = [stage.name for stage in run.stages]
-    if only and only not in names:
-        raise ConfigError(f"--stage {only}: {run.name} has the stages {', '.join(names)}")
-    planned = [stage for stage in run.stages if only in (None, stage.name)]
+    planned = (run.stage(only),) if only else run.stages
     devices = run.mesh.build(devices_of(topology))
     for stage in planned:
         check_rows(run, stage, devices)

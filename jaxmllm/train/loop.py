@@ -24,6 +24,7 @@ from jaxmllm.train.metrics import Reporter, report
 from jaxmllm.train.profile import Profiler
 from jaxmllm.train.session import Hooks, Session, StageTools
 from jaxmllm.train.setup import check_stages, check_workdir, claim_workdir, start_stage
+from jaxmllm.train.starts import note_start
 from jaxmllm.train.stop import Stopped, StopSignal
 
 
@@ -48,12 +49,12 @@ def run(config: Run, workdir: str, hooks: Hooks) -> None:
         ]
         if hooks.profile and not left:
             raise ConfigError(f"--profile: {workdir} is trained to the end; use another --workdir")
-        for stage, checkpoints in left:
-            run_stage(session, stage, checkpoints)
+        for number, (stage, checkpoints) in enumerate(left):
+            run_stage(session, stage, checkpoints, is_first=number == 0)
 
 
-def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> None:
-    """Sets a stage up and trains it; at the end everything is written and closed."""
+def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints, is_first: bool) -> None:
+    """Sets a stage up and trains it; at the end everything is written and closed. is_first: of this process."""
     done = checkpoints.latest() or 0
     session.profiler.check(stage.name, done, stage.steps)
     with contextlib.ExitStack() as at_end:
@@ -63,6 +64,8 @@ def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints) -> 
         if position is not None:
             loader.set_state(position)
         claim_workdir(session.config, session.workdir)  # nothing refuses the run any more
+        if is_first:
+            note_start(session.workdir, stage.name, done)
         parts = process_rows(session.mesh)[1]
         reporter = Reporter(session.config, stage, session.workdir, done, parts)
         at_end.callback(reporter.close)

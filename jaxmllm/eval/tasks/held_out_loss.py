@@ -20,8 +20,8 @@ from jaxmllm.data.one_pass import one_pass
 from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.sources.record import BadSample
 from jaxmllm.errors import ConfigError, suggest
-from jaxmllm.eval.lines import append_line
 from jaxmllm.eval.tasks.base import Measure, Note, Result, number
+from jaxmllm.json_lines import append_line
 from jaxmllm.train.compiler import options
 from jaxmllm.train.state import Params, unflatten
 

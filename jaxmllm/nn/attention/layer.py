@@ -24,7 +24,8 @@ class Attention(nn.Module):
     (DINOv3). norm_eps: queries and keys of each head pass an RMS norm first (Qwen3); None: no norm.
     positions int32[B, S]; segments int32[B, S], or a pair of those of queries and keys. angles float32[1, S, D/2]:
     rotations to use instead of those of the positions. cache: None, or {"k", "v": [B, T, K, D], "segments":
-    int32[B, T]}, which is written from slot `cache_index` on; the queries then attend to all slots written so far.
+    int32[B, T]}, which is written from slot `cache_index` on; the queries then attend to all slots written so far. If
+    it also has "q" [B, T, K, G, D], the queries are kept there, as they meet the keys.
     """
 
     heads: int
@@ -56,6 +57,8 @@ class Attention(nn.Module):
         q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
         if cache is not None:
             new = {"k": shard_kv(k), "v": shard_kv(v), "segments": sharded.shard(kv_segments, "batch", None)}
+            if "q" in cache:
+                new["q"] = sharded.shard(q, "batch", None, "heads", None, None)
             cache = {
                 name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), cache_index, 1)
                 for name, x in new.items()

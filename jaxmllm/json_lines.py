@@ -1,4 +1,4 @@
-"""JSON Lines files that survive a crash: metrics, replies, bad samples."""
+"""JSON Lines files that survive a crash: metrics, starts, replies, bad samples."""
 
 from __future__ import annotations
 
@@ -28,14 +28,3 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
-
-
-def training_cost(workdir: str) -> dict[str, float]:
-    """{"train_seconds", "steps"} of all stages, from the metrics of a workdir."""
-    seconds, steps, last_step = 0.0, 0, {}
-    for row in read_lines(f"{workdir}/metrics.jsonl"):
-        if "eval" not in row:
-            n = row["step"] - last_step.get(row["stage"], 0)
-            seconds, steps = seconds + n * row["step_ms"] / 1e3, steps + n
-            last_step[row["stage"]] = row["step"]
-    return {"train_seconds": round(seconds, 1), "steps": steps}
