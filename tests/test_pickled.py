@@ -31,7 +31,7 @@ def test_nothing_can_be_called(tmp_path):
     "parts, message",
     [
         ((b"damaged",), "cannot read"),
-        ((MAGIC, 1001, {}), "Ran out of input"),
+        ((MAGIC, 1001, {}), "it ends before its tensors do"),
         ((MAGIC + 1, 1001, {}, {}, []), "it is not a PyTorch checkpoint"),
     ],
 )

@@ -7,12 +7,12 @@ Rates of dropout belong to a recipe of training and are not read.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmllm import json_text
 from jaxmllm.nn.rope import LinearScaling, Llama3Scaling
 
 # model_type -> part -> the place of its config inside config.json ("" is the whole)
@@ -78,7 +78,7 @@ def read_config(folder: str | Path) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError, in one line."""
     try:
-        found = json.loads(path.read_text())
+        found = json_text.loads(path.read_bytes())
     except OSError:
         raise ValueError(f"no {path.name} in {path.parent}") from None
     except ValueError as error:

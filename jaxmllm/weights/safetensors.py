@@ -18,8 +18,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxmllm import json_text
+from jaxmllm.errors import shown
+
 SHARD_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER = 16 << 20  # bytes; that of a file with 100,000 tensors has 10 MB
 # The format's names of data types that weights come in. Others are refused when the file is opened.
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
@@ -38,25 +42,17 @@ class File(Mapping[str, np.ndarray]):
     def __init__(self, path: Path):
         self.path = path
         try:
-            with safe_open(path, "numpy"):  # checks the header: its syntax, no gaps or overlaps, the length of the file
-                pass
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
-        self._start = 8 + int.from_bytes(self._map[:8], "little")
-        self.header = self._map[: self._start]
-        self._tensors = {name: x for name, x in json.loads(self.header[8:]).items() if name != "__metadata__"}
-        for name, x in self._tensors.items():
-            self._check(name, **x)
-
-    def _check(self, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> None:
-        begin, end = data_offsets
-        if dtype not in DTYPES:
-            raise ValueError(f"cannot read {self.path}: tensor {name!r} has data type {dtype}")
-        size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-        if end - begin != size or begin < 0 or self._start + end > len(self._map):
-            raise ValueError(f"cannot read {self.path}: tensor {name!r} does not have the {size} bytes of its shape")
+            self._start = 8 + int.from_bytes(self._map[:8], "little")
+            if self._start > min(len(self._map), MAX_HEADER):
+                raise ValueError(f"its header has {self._start - 8} bytes, the file {len(self._map)}")
+            self.header = self._map[: self._start]
+            self._tensors = read_header(self.header[8:], len(self._map) - self._start)
+            with safe_open(path, "numpy"):  # the format's own library must agree
+                pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"cannot read {path}: {shown(error, 500)}") from None
 
     @property
     def size(self) -> int:
@@ -73,6 +69,43 @@ class File(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def read_header(text: bytes, size: int) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {"dtype", "shape", "data_offsets"}, as the JSON of a header says it.
+
+    size: bytes after the header. Raises ValueError for another form, a name that occurs twice, a data type that is not
+    in DTYPES, and unless the tensors have the bytes of their shapes and cover all of the file once.
+    """
+    document = json_text.loads(text, unique=True)
+    if not isinstance(document, dict):
+        raise ValueError("its header is no JSON object")
+    tensors, places = {k: v for k, v in document.items() if k != "__metadata__"}, []
+    for name, x in tensors.items():
+        if not isinstance(x, dict) or x.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {shown(name)!r} has not the fields dtype, shape and data_offsets")
+        dtype, shape, offsets = x["dtype"], x["shape"], x["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"tensor {shown(name)!r} has data type {shown(dtype)}")
+        if not are_counts(shape) or not are_counts(offsets) or len(offsets) != 2:
+            raise ValueError(f"the shape or place of tensor {shown(name)!r} are not whole numbers")
+        expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        if offsets[1] - offsets[0] != expected:
+            raise ValueError(f"tensor {shown(name)!r} does not have the {expected} bytes of its shape")
+        places.append((*offsets, name))
+    end = 0
+    for begin, stop, name in sorted(places):
+        if begin != end:
+            raise ValueError(f"tensor {shown(name)!r} starts at byte {begin}, and the one before ends at {end}")
+        end = stop
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end}, and the file at {size}")
+    return tensors
+
+
+def are_counts(values: Any) -> bool:
+    """Whether this is a list of at most 32 whole numbers from 0 to 2^63 - 1."""
+    return isinstance(values, list) and len(values) <= 32 and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
 class Folder(Mapping[str, np.ndarray]):
@@ -112,16 +145,26 @@ def open_folder(path: str | Path) -> Folder:
     """
     path = Path(path)
     if (path / INDEX).is_file():
-        try:
-            weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"cannot read {path / INDEX}: it is not the index of safetensors files") from None
+        weight_map = read_index(path / INDEX)
+        names = sorted(set(weight_map.values()))
         return Folder({name: File(path / name) for name in names}, weight_map)
     file = path / SINGLE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no safetensors in {path}: neither {INDEX} nor {SINGLE} is there")
     return Folder({file.name: File(file)}, {})
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> name of a file in the folder. Raises ValueError if that is not what an index holds."""
+    try:
+        weight_map = json_text.loads(path.read_bytes())["weight_map"]
+        for file in weight_map.values():
+            if Path(file).name != file or file in ("", "..") or "\0" in file:
+                raise ValueError(f"{shown(file)} is not the name of a file in the folder")
+        return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"cannot read {path}: it is not the index of safetensors files: {shown(error)}"
+        raise ValueError(text) from None
 
 
 def write_folder(path: str | Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = SHARD_BYTES) -> None:
