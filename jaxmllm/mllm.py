@@ -128,7 +128,7 @@ class MLLM(nn.Module):
         for name, objective in self.objectives.items():
             if name in chosen:
                 with jax.named_scope(name if name == "next_token" else f"objective_{name}"):
-                    view = ModelView(name, batch, layout, first, states, tapped, table)
+                    view = ModelView(name, batch, layout, first, states, tapped, table, self.llm.logit_cap)
                     terms[name], metrics[name] = objective(view)
             first += objective.needs.tokens
         return terms, metrics

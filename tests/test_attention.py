@@ -34,6 +34,11 @@ def example(s: int, segments: list | None, dtype=jnp.float32):
     return q, k, v, segments, w * (segments > 0)[..., None, None, None]
 
 
+def with_gradients(f):
+    """f(q, k, v) -> (its output, the gradients of its sum)."""
+    return jax.jit(lambda *x: (f(*x), jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(*x)))
+
+
 def assert_equals_plain(kernel, s: int, segments: list | None, causal: bool, interpret) -> None:
     """Outputs and gradients of q, k and v, except those of padding; call with a mesh set."""
     q, k, v, segments, w = example(s, segments)
@@ -44,9 +49,7 @@ def assert_equals_plain(kernel, s: int, segments: list | None, causal: bool, int
     def special(q, k, v):
         return kernel(q, k, v, causal, segments, segments, interpret=interpret) * w
 
-    wanted, found = (
-        jax.jit(lambda *x, f=f: (f(*x), jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(*x))) for f in (plain, special)
-    )
+    wanted, found = with_gradients(plain), with_gradients(special)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found(q, k, v), wanted(q, k, v))
 
 
@@ -108,12 +111,70 @@ def test_flash_is_chosen_if_the_keys_fit_on_the_chip(monkeypatch):
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         q, k, *_ = example(640, None, jnp.bfloat16)
         monkeypatch.setattr(compiler, "platform", lambda: "tpu")
-        assert choose_kernel(q, k, True, 0) == "flash"
+        assert choose_kernel(q, k, True, 0) == ("flash", "")
         monkeypatch.setattr(choose, "CHIPS_16MIB_VMEM", (jax.devices()[0].device_kind,))
-        assert choose_kernel(q, k, True, 0) == "splash"
+        assert choose_kernel(q, k, True, 0) == ("splash", "")
         monkeypatch.setattr(choose, "CHIPS_16MIB_VMEM", ())
         monkeypatch.setattr(choose, "MAX_KEYS", 639)
-        assert choose_kernel(q, k, True, 0) == "splash"
+        assert choose_kernel(q, k, True, 0) == ("splash", "")
+
+
+def test_the_plain_form_on_an_accelerator_has_a_reason(monkeypatch):
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        q, k, *_ = example(640, None, jnp.bfloat16)
+        single, short, odd = q.astype(jnp.float32), q[:, :200], q[..., :48]
+        monkeypatch.setattr(compiler, "platform", lambda: "tpu")
+        assert choose_kernel(q, k, True, 0, window=9, cap=None) == ("splash", "")
+        assert choose_kernel(q, k, True, 0, window=None, cap=9.0) == ("splash", "")
+        assert choose_kernel(odd, k[..., :48], True, 0) == ("plain", "heads_of_48")
+        assert choose_kernel(short, k[:, :200], True, 0) == ("plain", "rows_of_200")
+        assert choose_kernel(single, k, True, 0) == ("plain", "float32")
+        assert choose_kernel(q, k, True, jnp.int32(3)) == ("plain", "decoding")
+        monkeypatch.setattr(compiler, "platform", lambda: "gpu")
+        assert choose_kernel(q, k, True, 0, window=9) == ("cudnn", "")
+        assert choose_kernel(q, k, True, 0, cap=9.0) == ("plain", "soft_cap")
+
+
+def naive(q, k, v, segments, window, cap):
+    """Attention without kernels, blocks and derivatives of its own."""
+    place = jnp.arange(q.shape[1])
+    seen = (place[:, None] >= place) & (place[:, None] - place < (window or 10**6))
+    seen = seen & (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
+    scores = jnp.einsum("bskgd,btkd->bkgst", q, k) * q.shape[-1] ** -0.5
+    scores = cap * jnp.tanh(scores / cap) if cap else scores
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), -1)
+    return jnp.einsum("bkgst,btkd->bskgd", weights, v)
+
+
+@pytest.mark.parametrize("window, cap", [(37, None), (None, 2.0), (150, 0.5)])
+@pytest.mark.parametrize("kernel", ["plain", "splash"])
+def test_windows_and_caps(monkeypatch, kernel, window, cap):
+    """Two samples and padding, in blocks of 128: outputs and gradients."""
+    monkeypatch.setattr(heads, "MAX_BLOCK", 128)
+    with jax.set_mesh(ONE.build(jax.devices()[:1])):
+        q, k, v, segments, w = example(200, SEGMENTS)
+
+        def found(q, k, v):
+            special = {name: x for name, x in (("window", window), ("cap", cap)) if x}
+            if kernel == "splash":
+                return splash_attention(q, k, v, True, segments, segments, interpret=True, **special) * w
+            ids = dict(q_segments=segments, kv_segments=segments)
+            return dot_product_attention(q, k, v, causal=True, **ids, **special) * w
+
+        outputs = [jax.device_get(with_gradients(found)(q, k, v))]
+        q, k, v, segments, w = jax.device_get((q, k, v, segments, w))
+    outputs.append(with_gradients(lambda q, k, v: naive(q, k, v, segments, window, cap) * w)(q, k, v))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *outputs)
+
+
+def test_windows_reach_back_in_a_cache():
+    """The last 3 of 40 queries, as after 37 tokens in a cache."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 40, 2, 2, 8), (1, 40, 2, 8), (1, 40, 2, 8)))
+    ones = jnp.ones((1, 40), jnp.int32)
+    wanted = naive(q, k, v, ones, 7, None)[:, 37:]
+    found = dot_product_attention(q[:, 37:], k, v, causal=True, q_offset=jnp.int32(37), window=7)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_block_bounds_name_the_blocks_of_keys_that_queries_see():
@@ -154,7 +215,7 @@ def test_blocks_cover_rows_with_little_padding():
 def test_cpus_take_the_plain_form():
     with jax.set_mesh(ONE.build(jax.devices()[:1])):
         q, k, *_ = example(200, None, jnp.bfloat16)
-        assert compiler.platform() == "cpu" and choose_kernel(q, k, True, 0) == "plain"
+        assert compiler.platform() == "cpu" and choose_kernel(q, k, True, 0) == ("plain", "")
 
 
 def test_causal_attention_in_blocks_equals_one_block():

@@ -19,14 +19,15 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return hidden, table.at[V - 1].set(9 * hidden[0, 0]), labels, jax.random.uniform(keys[3], (B, S))
 
 
-def plain(hidden, table, labels, weight):
+def plain(hidden, table, labels, weight, cap=None):
     logits = jnp.einsum("bsh,vh->bsv", hidden, table)
+    logits = cap * jnp.tanh(logits / cap) if cap else logits
     nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     return jnp.sum(jnp.where(labels != IGNORE_LABEL, nll, 0) * weight), logits.argmax(-1) == labels
 
 
-def ours(hidden, table, labels, weight, chunk):
-    term, hit = next_token(hidden, table, labels, chunk)
+def ours(hidden, table, labels, weight, chunk, cap=None):
+    term, hit = next_token(hidden, table, labels, chunk, cap)
     return jnp.sum(jnp.where(term.mask, term.values, 0) * weight), hit
 
 
@@ -46,3 +47,14 @@ def test_loss_in_chunks_equals_the_plain_form(chunk):
     hidden, table, labels, weight = inputs()
     grad = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, table, labels, weight, chunk)
     check(grad, jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, table, labels, weight))
+
+
+@pytest.mark.parametrize("chunk", [V, 100])
+def test_capped_logits(chunk):
+    """With gradients; chunks overlap."""
+    hidden, table, labels, weight = inputs()
+    grad = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, table, labels, weight, chunk, 5.0)
+    (true, _), true_grads = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, table, labels, weight, 5.0)
+    np.testing.assert_allclose(grad[0][0], true, rtol=1e-6)
+    for found, wanted in zip(grad[1], true_grads):
+        np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())

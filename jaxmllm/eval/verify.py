@@ -21,6 +21,7 @@ from jaxmllm.errors import ConfigError
 from jaxmllm.eval.verify_torch import IMAGE_TOKEN, transformers_forward
 from jaxmllm.mesh import Mesh
 from jaxmllm.mllm import MLLM
+from jaxmllm.nn.primitives import soft_cap
 from jaxmllm.train.state import Params, unflatten
 from jaxmllm.weights.opened import Opened, abstract_model, open_model
 
@@ -177,7 +178,8 @@ def _forward(model: MLLM, params: Params, batch: Batch) -> tuple[dict[str, jax.A
         parts[part_of(name)] = whole(_main(found["__call__"][0]))
     text = jnp.concatenate([states[:, :BEFORE], states[:, BEFORE + block :]], 1)
     table = sharded.gather_param(model.apply(variables, method=lambda m: m.llm.output_table()), ("vocab", "embed"))
-    return parts, whole(sharded.einsum("bsh,vh->bsv", text, table, "batch", None, "vocab"))
+    logits = sharded.einsum("bsh,vh->bsv", text, table, "batch", None, "vocab")
+    return parts, whole(soft_cap(logits, model.llm.logit_cap))
 
 
 def _main(output: Any) -> jax.Array:

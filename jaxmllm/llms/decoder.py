@@ -1,6 +1,8 @@
 """A Llama-style decoder: RMSNorm, rotary grouped-query attention, SwiGLU, tied or untied head.
 
-With `inserts`, layers that look at the image follow some decoder layers (inserts.py).
+Its relatives are fields: Qwen's biases and norms of queries and keys, windows (Mistral, Phi-3), Gemma's norms, caps and
+alternating windows, SmolLM3's layers without positions. All layers stay one scan; what differs from layer to layer is
+data of the scan. With `inserts`, layers that look at the image follow some decoder layers (inserts.py).
 """
 
 from __future__ import annotations
@@ -19,20 +21,32 @@ from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 
 
 class DecoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). x [B, S, H]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). x [B, S, H]; kind: see nn.attention.layer.Attention.
+
+    The last fields are those of Decoder and Attention with the same names; post_norms: both results pass a norm too
+    before they are added.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     mlp: int
-    rope_theta: float
+    rope_theta: float | None
     eps: float
     qkv_bias: bool
     rope_scaling: Any = None
     qk_norm: bool = False
+    activation: str = "silu"
+    zero_centred: bool = False
+    post_norms: bool = False
+    rotary_dim: int | None = None
+    window: int | None = None
+    local_theta: float | None = None
+    query_scale: float | None = None
+    attention_cap: float | None = None
 
     @nn.compact
-    def __call__(self, x, cache, positions, segments, cache_index):
+    def __call__(self, x, cache, positions, segments, cache_index, kind=None):
         init = nn.initializers.lecun_normal()
         attn = Attention(
             self.heads,
@@ -44,13 +58,25 @@ class DecoderBlock(nn.Module):
             rope_theta=self.rope_theta,
             rope_scaling=self.rope_scaling,
             norm_eps=self.eps if self.qk_norm else None,
+            zero_centred=self.zero_centred,
+            rotary_dim=self.rotary_dim,
+            window=self.window,
+            local_theta=self.local_theta,
+            query_scale=self.query_scale,
+            cap=self.attention_cap,
             kernel_init=init,
             name="attn",
         )
-        mlp = MLP(self.mlp, x.shape[-1], "silu", gated=True, use_bias=False, kernel_init=init, name="mlp")
-        y, cache = attn(Norm("rms", self.eps, name="norm1")(x), positions, segments, cache, cache_index)
-        x = x + y
-        return x + mlp(Norm("rms", self.eps, name="norm2")(x)), cache, {}
+        mlp = MLP(self.mlp, x.shape[-1], self.activation, gated=True, use_bias=False, kernel_init=init, name="mlp")
+        y, cache = attn(self.norm("norm1")(x), positions, segments, cache, cache_index, kind=kind)
+        x = x + (self.norm("post_norm1")(y) if self.post_norms else y)
+        y = mlp(self.norm("norm2")(x))
+        return x + (self.norm("post_norm2")(y) if self.post_norms else y), cache, {}
+
+    @nn.nowrap
+    def norm(self, name: str) -> nn.Module:
+        """A norm of the block."""
+        return Norm("rms", self.eps, self.zero_centred, name=name)
 
 
 class Decoder(nn.Module):
@@ -58,6 +84,8 @@ class Decoder(nn.Module):
 
     Taps are 1-based: tap i is the output of layer i before the final norm, but tap `layers` is the state after the
     final norm (as in Hugging Face's hidden_states and VisPer-LM).
+
+    windowed and rotary are patterns that repeat over the layers: (True, False) is every other layer, from the first.
     """
 
     vocab: int
@@ -71,8 +99,20 @@ class Decoder(nn.Module):
     eps: float = 1e-5
     tied: bool = False
     qkv_bias: bool = False
-    rope_scaling: Any = None  # nn.rope.Llama3Scaling, LinearScaling
+    rope_scaling: Any = None  # nn.rope.Llama3Scaling, LinearScaling, LongRope
     qk_norm: bool = False  # an RMS norm of the queries and keys of each head
+    activation: str = "silu"  # of the gated MLP; a name in nn.primitives.ACTIVATIONS
+    window: int | None = None  # a query of a windowed layer sees the last `window` tokens, its own included
+    windowed: tuple[bool, ...] = (True,)  # which layers have the window
+    local_theta: float | None = None  # rotary base of windowed layers, not scaled; None: rope_theta
+    rotary: tuple[bool, ...] = (True,)  # which layers rotate queries and keys by position
+    rotary_dim: int | None = None  # entries of a head that are rotated; None: all
+    query_scale: float | None = None  # of the products of queries and keys; None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None  # soft cap of these products (nn.primitives.soft_cap)
+    logit_cap: float | None = None  # soft cap of the logits
+    embed_scale: float | None = None  # embedded tokens are multiplied by it
+    zero_centred: bool = False  # norms scale by 1 + their parameter
+    post_norms: bool = False  # norms after attention and MLP too
     inserts: VisualInserts | None = None
     remat: str = "full"
     unroll: int | bool = 1
@@ -90,29 +130,58 @@ class Decoder(nn.Module):
                 f"Decoder: the last visual layer would follow layer {self.inserts.last}, and the last layer is "
                 f"{self.layers - 1}; change start, stride or count of inserts"
             )
+        if not self.windowed or not self.rotary:
+            raise ValueError(
+                "Decoder: windowed and rotary need an entry, for all layers; without a window: window=None"
+            )
 
     @nn.nowrap
     def block(self) -> nn.Module:
         """A new block; all layers are copies of it."""
         head_dim = self.head_dim or self.width // self.heads
         sizes = self.heads, self.kv_heads, head_dim, self.mlp
-        return DecoderBlock(*sizes, self.rope_theta, self.eps, self.qkv_bias, self.rope_scaling, self.qk_norm)
+        alike = "qkv_bias", "activation", "zero_centred", "post_norms", "rotary_dim", "query_scale", "attention_cap"
+        some_windowed, some_rotate = self.window and any(self.layer_kinds("windowed")), any(self.layer_kinds("rotary"))
+        return DecoderBlock(
+            *sizes,
+            self.rope_theta if some_rotate else None,
+            self.eps,
+            rope_scaling=self.rope_scaling,
+            qk_norm=self.qk_norm,
+            window=self.window if some_windowed else None,
+            local_theta=self.local_theta if some_windowed else None,
+            **{name: getattr(self, name) for name in alike},
+        )
+
+    @nn.nowrap
+    def layer_kinds(self, pattern: str) -> tuple[bool, ...]:
+        """ "windowed" or "rotary" of each layer."""
+        values = getattr(self, pattern)
+        return tuple(values[i % len(values)] for i in range(self.layers))
+
+    @nn.nowrap
+    def different_kinds(self) -> dict[str, jax.Array] | None:
+        """bool[layers] of each pattern that is true of some layers only; None if all layers are alike."""
+        patterns = [*(["windowed"] if self.window else []), "rotary"]
+        kinds = {name: self.layer_kinds(name) for name in patterns}
+        return {name: jnp.array(values) for name, values in kinds.items() if len(set(values)) > 1} or None
 
     def setup(self):
         self.embedding = Embed(self.vocab, self.width)
         self.blocks = Stack(self.block(), self.layers, self.remat, self.unroll)
         if self.inserts:
             self.visual = VisualLayers(self.inserts, self.layers, self.remat != "none")
-        self.norm = Norm("rms", self.eps)
+        self.norm = Norm("rms", self.eps, self.zero_centred)
         if not self.tied:
             self.lm_head = Embed(self.vocab, self.width)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, S] -> [B, S, H]."""
-        return self.embedding(tokens)
+        x = self.embedding(tokens)
+        return x if self.embed_scale is None else x * jnp.asarray(self.embed_scale, x.dtype)
 
     def output_table(self) -> jax.Array:
-        """The table [V, H] as it is stored: logits = hidden @ table.T."""
+        """The table [V, H] as it is stored: logits = soft_cap(hidden @ table.T, logit_cap)."""
         return (self.embedding if self.tied else self.lm_head).kernel()
 
     def __call__(
@@ -134,7 +203,14 @@ class Decoder(nn.Module):
         interleave, carry = self.visual(x, visual) if self.inserts and visual is not None else (None, None)
         inputs = positions, segments, cache_index
         x, buffer, cache, aux = self.blocks(
-            x, buffer, slots, cache, *inputs, interleave=interleave, interleave_carry=carry
+            x,
+            buffer,
+            slots,
+            cache,
+            *inputs,
+            own=self.different_kinds(),
+            interleave=interleave,
+            interleave_carry=carry,
         )
         x = self.norm(x)
         return x, {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}, cache, aux

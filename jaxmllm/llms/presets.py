@@ -6,12 +6,13 @@ Decoder may be given or replaced.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from jaxmllm.llms.decoder import Decoder
-from jaxmllm.nn.rope import Llama3Scaling
-from jaxmllm.weights import hf_config
+from jaxmllm.nn.rope import LinearScaling, Llama3Scaling
+from jaxmllm.weights import hf_config, hf_decoders
 
 
 def llama3_8b(**fields: Any) -> Decoder:
@@ -47,13 +48,67 @@ def vicuna_13b(**fields: Any) -> Decoder:
     return Decoder(**dict(vocab=32000, width=5120, layers=40, heads=40, kv_heads=40, mlp=13824) | fields)
 
 
-def phi3_mini(**fields: Any) -> Decoder:
-    """microsoft/Phi-3-mini-4k-instruct (weights: key_maps.phi3).
+def yi_34b(**fields: Any) -> Decoder:
+    """01-ai/Yi-34B and its Chat version."""
+    preset = dict(vocab=64000, width=7168, layers=60, heads=56, kv_heads=8, mlp=20480, rope_theta=5000000.0)
+    return Decoder(**preset | fields)
 
-    It attends to the last 2047 tokens only; this decoder has no such window, so it is the same model up to
-    that length.
-    """
-    return Decoder(**dict(vocab=32064, width=3072, layers=32, heads=32, kv_heads=32, mlp=8192) | fields)
+
+def mistral_7b(**fields: Any) -> Decoder:
+    """mistralai/Mistral-7B-Instruct-v0.3; v0.1 has vocab=32000, rope_theta=10000.0 and window=4096."""
+    preset = dict(vocab=32768, width=4096, layers=32, heads=32, kv_heads=8, mlp=14336, rope_theta=1000000.0)
+    return Decoder(**preset | fields)
+
+
+def phi3_mini(**fields: Any) -> Decoder:
+    """microsoft/Phi-3-mini-4k-instruct (weights: key_maps.phi3). For its 128k version, see `from_folder`."""
+    preset = dict(vocab=32064, width=3072, layers=32, heads=32, kv_heads=32, mlp=8192, window=2047)
+    return Decoder(**preset | fields)
+
+
+def gemma_2b(**fields: Any) -> Decoder:
+    """google/gemma-2b and its it version."""
+    preset = dict(vocab=256000, width=2048, layers=18, heads=8, kv_heads=1, mlp=16384, head_dim=256)
+    return _gemma(preset | fields)
+
+
+def gemma2_2b(**fields: Any) -> Decoder:
+    """google/gemma-2-2b and its it version."""
+    preset = dict(vocab=256000, width=2304, layers=26, heads=8, kv_heads=4, mlp=9216, head_dim=256)
+    return _gemma2(preset | fields)
+
+
+def gemma2_9b(**fields: Any) -> Decoder:
+    """google/gemma-2-9b and its it version."""
+    preset = dict(vocab=256000, width=3584, layers=42, heads=16, kv_heads=8, mlp=14336, head_dim=256)
+    return _gemma2(preset | fields)
+
+
+def gemma3_1b(**fields: Any) -> Decoder:
+    """google/gemma-3-1b-pt and its it version."""
+    preset = dict(vocab=262144, width=1152, layers=26, heads=4, kv_heads=1, mlp=6912, head_dim=256, window=512)
+    return _gemma3(preset | fields)
+
+
+def gemma3_4b(**fields: Any) -> Decoder:
+    """The language model of google/gemma-3-4b-pt and its it version."""
+    preset = dict(vocab=262208, width=2560, layers=34, heads=8, kv_heads=4, mlp=10240, head_dim=256, window=1024)
+    return _gemma3(preset | dict(rope_scaling=LinearScaling(factor=8.0)) | fields)
+
+
+def _gemma(fields: dict[str, Any]) -> Decoder:
+    preset = dict(tied=True, eps=1e-6, activation="gelu_tanh", zero_centred=True)
+    return Decoder(**preset | dict(embed_scale=math.sqrt(fields["width"])) | fields)
+
+
+def _gemma2(fields: dict[str, Any]) -> Decoder:
+    preset = dict(post_norms=True, window=4096, windowed=(True, False), attention_cap=50.0, logit_cap=30.0)
+    return _gemma(preset | fields)
+
+
+def _gemma3(fields: dict[str, Any]) -> Decoder:
+    preset = dict(post_norms=True, windowed=(True,) * 5 + (False,), rope_theta=1000000.0, local_theta=10000.0)
+    return _gemma(preset | dict(qk_norm=True) | fields)
 
 
 def qwen2_5_0_5b(**fields: Any) -> Decoder:
@@ -84,13 +139,20 @@ def smollm2_135m(**fields: Any) -> Decoder:
     return Decoder(**preset | fields)
 
 
+def smollm3_3b(**fields: Any) -> Decoder:
+    """HuggingFaceTB/SmolLM3-3B: every fourth layer has no positions."""
+    preset = dict(vocab=128256, width=2048, layers=36, heads=16, kv_heads=4, mlp=11008, rope_theta=5000000.0, eps=1e-6)
+    return Decoder(**preset | dict(tied=True, rotary=(True, True, True, False)) | fields)
+
+
 def from_folder(path: str | Path, length: int | None = None, **fields: Any) -> Decoder:
     """The language model of a Hugging Face folder, also of a LLaVA's: sizes and everything else from its config.json.
 
     length: tokens of your longest sequence (default: the folder's max_position_embeddings); a sliding window that is
-    shorter is refused. Raises ValueError, in one line that names the fields, for what Decoder cannot do.
+    not shorter is left out, so that kernels without windows can be used. Raises ValueError, in one line that names the
+    fields, for what Decoder cannot do.
     """
-    described = hf_config.decoder(hf_config.read_config(path), length)
+    described = hf_decoders.decoder(hf_config.read_config(path), length)
     if described.refused:
         raise ValueError(f"{path}: {'; '.join(described.refused)}")
     return Decoder(**described.fields | fields)

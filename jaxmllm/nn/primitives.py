@@ -104,10 +104,13 @@ class Norm(_Params):
 
     kind: str = "layer"
     eps: float = 1e-5
+    zero_centred: bool = False  # the scale is 1 + the parameter, which starts at 0 (Gemma)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.weight("norm", "scale", ones, x.shape[-1:], (None,))
+        scale = self.weight("norm", "scale", zeros if self.zero_centred else ones, x.shape[-1:], (None,))
+        if self.zero_centred:
+            scale = 1 + scale.astype(jnp.float32)
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
@@ -180,6 +183,11 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """x, or if there is a cap, cap * tanh(x / cap), which keeps it between -cap and cap (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -191,7 +199,7 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """Linear, activation, Linear; gated: down(act(gate(x)) * up(x)), which is SwiGLU if the activation is silu."""
+    """Linear, activation, Linear; gated: down(act(gate(x)) * up(x)): SwiGLU with silu, GeGLU with a GELU."""
 
     hidden: int
     out: int

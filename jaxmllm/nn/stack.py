@@ -32,14 +32,15 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, broadcast):
-        (x, taps, interleave_carry), (number, slot, cache) = carry, layer
+        (x, taps, interleave_carry), (number, slot, cache, own) = carry, layer
+        inputs = broadcast if own is None else (*broadcast, own)
 
         def run(block, *inputs):
             return block(*inputs)
 
         if REMAT[self.remat] is not None:
             run = nn.remat(run, policy=REMAT[self.remat], prevent_cse=False)
-        x, cache, aux = run(self.block.copy(name="block"), x, cache, *broadcast)
+        x, cache, aux = run(self.block.copy(name="block"), x, cache, *inputs)
         taps = put(taps, slot, x)
         if self.interleave:
             x, interleave_carry = self.interleave(x, interleave_carry, number)
@@ -104,10 +105,19 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, taps, slots, cache, *broadcast, interleave: Callable | None = None, interleave_carry: Any = None
+        self,
+        x,
+        taps,
+        slots,
+        cache,
+        *broadcast,
+        own: Any = None,
+        interleave: Callable | None = None,
+        interleave_carry: Any = None,
     ):
         """x [B, S, H]; taps from empty_taps; slots int32[length] from tap_slots; cache: a pytree with leading
-        dimension `length`, or None. Returns (x, taps, cache, aux), aux with a leading dimension `length` too.
+        dimension `length`, or None. own: another one, of which each block gets its own as a last argument; if it is
+        None, there is no such argument. Returns (x, taps, cache, aux), aux with a leading dimension `length` too.
 
         interleave(x, interleave_carry, i) -> (x, interleave_carry) runs after layer i (0-based) and its tap, and is not
         rematerialised with the layer.
@@ -118,11 +128,11 @@ class Stack(nn.Module):
             _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=((0, 0, 0 if cache is not None else nn.broadcast), nn.broadcast),
+            in_axes=((0, 0, *(nn.broadcast if tree is None else 0 for tree in (cache, own))), nn.broadcast),
             length=self.length,
             unroll=self.length if self.unroll is True else self.unroll,
         )
         layers = scan(self.block, self.remat, interleave, name="layers")
-        each = jnp.arange(self.length), jnp.asarray(slots), cache
+        each = jnp.arange(self.length), jnp.asarray(slots), cache, own
         (x, taps, _), (cache, aux) = layers((x, taps, interleave_carry), each, broadcast)
         return x, taps, cache, aux

@@ -25,6 +25,7 @@ class ModelView:
     states: jax.Array  # [B, S, H], after the final norm
     tapped: dict[int, jax.Array]  # layer -> states [B, S, H], for the layers that the objective names
     output_table: jax.Array  # [V, H], as it is stored
+    logit_cap: float | None = None  # logits = soft_cap(states @ output_table.T, logit_cap)
 
 
 class Needs(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxmllm import sharded
 from jaxmllm.batch import IGNORE_LABEL, Batch, Term
+from jaxmllm.nn.primitives import soft_cap
 from jaxmllm.objectives.base import ModelView, Objective
 
 ROWS = 8  # a chunk is a multiple of this: whole tiles of TPU memory
@@ -26,21 +27,23 @@ class NextToken(Objective):
         return (batch.labels != IGNORE_LABEL).sum()
 
     def __call__(self, view: ModelView) -> tuple[Term, dict[str, Term]]:
-        term, hit = next_token(view.states, view.output_table, view.batch.labels, self.chunk)
+        term, hit = next_token(view.states, view.output_table, view.batch.labels, self.chunk, view.logit_cap)
         return term, {"accuracy": Term(hit.astype(jnp.float32), term.mask)}
 
 
-def next_token(hidden: jax.Array, table: jax.Array, labels: jax.Array, chunk: int) -> tuple[Term, jax.Array]:
+def next_token(
+    hidden: jax.Array, table: jax.Array, labels: jax.Array, chunk: int, cap: float | None = None
+) -> tuple[Term, jax.Array]:
     """hidden [B, S, H], table [V, H], labels int32[B, S] (IGNORE_LABEL: none) -> (negative log-likelihood, bool[B, S]).
 
     About `chunk` entries of the vocabulary become float32 logits at a time, and again in the backward pass, which sums
     their gradients over all tokens in one product. The table is passed as it is stored: if it is split over fsdp, it is
-    gathered, and its gradient scattered, chunk by chunk. The second result is true where the label is the most likely
-    token.
+    gathered, and its gradient scattered, chunk by chunk. cap: logits pass primitives.soft_cap. The second result is
+    true where the label is the most likely token.
     """
     hidden, labels = sharded.shard(hidden, "batch", "length", None), sharded.shard(labels, "batch", "length")
     table = sharded.split_by_device(table)
-    nll, hit = losses(hidden, table, labels, Chunks.of(table.shape[1], chunk / table.shape[0]))
+    nll, hit = losses(hidden, table, labels, Chunks.of(table.shape[1], chunk / table.shape[0]), cap)
     return Term(nll, labels != IGNORE_LABEL), hit
 
 
@@ -87,23 +90,25 @@ class Chunks(NamedTuple):
         return jax.lax.scan(turn, (carry, self.weights(table, 0)), jnp.arange(self.count))[0][0]
 
 
-def logits_of(x: jax.Array, weights: jax.Array, entry: jax.Array) -> jax.Array:
+def logits_of(x: jax.Array, weights: jax.Array, entry: jax.Array, cap: float | None) -> jax.Array:
     """x [B, S, H], weights [chunk, H], entry int32[chunk] -> float32[B, S, chunk], -inf where the entry is -1."""
     with jax.named_scope("logits"):
-        logits = jnp.einsum("bsh,vh->bsv", x, weights, preferred_element_type=jnp.float32)
+        logits = soft_cap(jnp.einsum("bsh,vh->bsv", x, weights, preferred_element_type=jnp.float32), cap)
     return jnp.where(entry >= 0, logits, -jnp.inf)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def losses(x: jax.Array, table: jax.Array, labels: jax.Array, chunks: Chunks) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def losses(
+    x: jax.Array, table: jax.Array, labels: jax.Array, chunks: Chunks, cap: float | None
+) -> tuple[jax.Array, jax.Array]:
     """x [B, S, H], table [parts, V / parts, H], labels int32[B, S] -> (float32[B, S], bool[B, S])."""
-    return _forward(x, table, labels, chunks)[0]
+    return _forward(x, table, labels, chunks, cap)[0]
 
 
-def _forward(x, table, labels, chunks):
+def _forward(x, table, labels, chunks, cap):
     def step(carry, weights, i):
         (top, total, own), entry = carry, chunks.entries(table.shape[0], i)
-        logits = logits_of(x, weights, entry)
+        logits = logits_of(x, weights, entry, cap)
         new = jnp.maximum(top, logits.max(-1))
         total = total * jnp.exp(top - new) + jnp.exp(logits - new[..., None]).sum(-1)
         # A comparison instead of a gather: it stays a local masked sum if the vocabulary is split over `tensor`.
@@ -115,13 +120,15 @@ def _forward(x, table, labels, chunks):
     return (lse - own, own >= top), (x, table, labels, lse)
 
 
-def _backward(chunks, saved, cotangents):
+def _backward(chunks, cap, saved, cotangents):
     (x, table, labels, lse), (g, _) = saved, cotangents
 
     def step(carry, weights, i):
         (dx, dtable), entry = carry, chunks.entries(table.shape[0], i)
-        logits = logits_of(x, weights, entry)
+        logits = logits_of(x, weights, entry, cap)
         d = g[..., None] * (jnp.exp(logits - lse[..., None]) - (labels[..., None] == entry))
+        if cap is not None:
+            d = d * (1 - jnp.square(jnp.where(entry >= 0, logits, 0) / cap))
         d = d.astype(x.dtype)
         with jax.named_scope("logits"):
             dx += sharded.einsum("bsv,vh->bsh", d, weights, "batch", "length", None, dtype=jnp.float32)

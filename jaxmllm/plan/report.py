@@ -17,6 +17,7 @@ from jaxmllm.plan.chips import GIB, Topology
 from jaxmllm.plan.compile import Program, compile_stage, devices_of
 from jaxmllm.plan.flops import model_flops
 from jaxmllm.plan.hlo import parse
+from jaxmllm.plan.plain import plain_attention
 from jaxmllm.plan.price import MODELS
 from jaxmllm.plan.timeline import Timeline, component, phase, saved_bytes
 from jaxmllm.plan.traffic import Network
@@ -94,6 +95,7 @@ def plan_stage(run: Run, stage: Stage, topology: Topology, say: Callable[[str], 
         "model_flops_by_component": flops,
         "rows": stage.rows,
         "compile_seconds": program.seconds,
+        "plain_attention": plain_attention(program.text),
     }
     timing = time_program(run, stage, topology, program, sum(flops.values()))
     if not program.fits:
@@ -208,6 +210,8 @@ def show_stage(figures: dict[str, Any]) -> list[str]:
         nearest = figures["nearest_that_fits"]
         setting = f"--set {nearest}" if nearest else "none of those tried; use more chips"
         lines.append(f"  nearest setting that fits         {setting}")
+    for part, why in figures["plain_attention"].items():
+        lines.append(f"  attention without a kernel        {part}: {why}")
     if figures["cycles"] is None:
         return lines
     cycles, estimated = figures["cycles"], figures["cycles_estimated"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from jaxmllm.weights import encoder_key_maps as encoders
-from jaxmllm.weights import hf_config, hf_encoders, key_maps
+from jaxmllm.weights import hf_config, hf_decoders, hf_encoders, key_maps
 from jaxmllm.weights.convert import KeyMap, ignore
 
 LLMS: dict[str, Callable[..., KeyMap]] = {
@@ -17,6 +17,10 @@ LLMS: dict[str, Callable[..., KeyMap]] = {
     "qwen2": key_maps.llama,
     "qwen3": key_maps.llama,
     "phi3": key_maps.phi3,
+    "smollm3": key_maps.llama,
+    "gemma": key_maps.llama,
+    "gemma2": key_maps.llama,
+    "gemma3_text": key_maps.llama,
 }
 ENCODERS: dict[str, Callable[..., KeyMap]] = {
     "clip_vision_model": encoders.clip_vision,
@@ -44,6 +48,9 @@ LLAVA = (
     ("language_model.model", "language_model.lm_head", "vision_tower.", "multi_modal_projector"),
     ("model.language_model", "lm_head", "model.vision_tower.", "model.multi_modal_projector"),
 )
+# Language model in Gemma 3's files with a tower, of transformers before and from 4.52 on, and its output table
+GEMMA3 = (("language_model.model", "language_model.lm_head"), ("model.language_model", "lm_head"))
+BESIDE_GEMMA3 = (r"(model\.)?(vision_tower|multi_modal_projector)\..*",)
 # What else a file with an encoder may hold: CLIP's text tower, a classifier, OneFormer's other modules
 BESIDE_ENCODER = (r"text_model\..*", r"(visual|text)_projection\.weight", r"logit_(scale|bias)", r"classifier\..*")
 BESIDE_ONEFORMER = (r"(?!model\.pixel_level_module\.encoder\.).*",)
@@ -59,7 +66,7 @@ def describe(config: Any, part: str, module: Any, length: int | None = None) -> 
     kind = part_kind(part)
     hf_config.part_config(config, kind)
     if kind == "llm":
-        return hf_config.decoder(config, length)
+        return hf_decoders.decoder(config, length)
     if kind == "aggregator":
         return hf_config.projector(config)
     found = hf_encoders.encoder(config, getattr(module, "taps", None), getattr(module, "size", None))
@@ -86,6 +93,9 @@ def key_map(config: Any, part: str, module: Any, keys: Collection[str]) -> KeyMa
     inner = hf_config.part_config(config, kind)
     if config.model_type == "llava":
         return _llava(kind, inner, module, keys)
+    if config.model_type == "gemma3":
+        body = _first([layout[0] for layout in GEMMA3], keys)
+        return LLMS[inner.model_type](module, body, dict(GEMMA3)[body]) + ignore(*BESIDE_GEMMA3)
     if kind == "llm":
         return LLMS[inner.model_type](module)
     beside = BESIDE_ONEFORMER if config.model_type == "oneformer" else BESIDE_ENCODER

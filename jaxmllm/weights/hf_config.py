@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm import json_text
-from jaxmllm.nn.rope import LinearScaling, Llama3Scaling
 
 # model_type -> part -> the place of its config inside config.json ("" is the whole)
-LLMS = {name: {"llm": ""} for name in ("llama", "mistral", "qwen2", "qwen3", "phi3")}
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3")
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+LLMS = {name: {"llm": ""} for name in LLAMAS + GEMMAS}
 ENCODERS = {
     **{name: {"encoder": ""} for name in ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")},
     **{name: {"encoder": ""} for name in ("dinov2", "dinov2_with_registers", "dinov3_vit", "convnext", "swin")},
@@ -24,13 +25,13 @@ ENCODERS = {
     "oneformer": {"encoder": "backbone_config"},
 }
 LLAVA = {"llava": {"llm": "text_config", "encoder": "vision_config", "aggregator": ""}}
-HELD = LLMS | ENCODERS | LLAVA
+GEMMA3 = {"gemma3": {"llm": "text_config"}}  # with an encoder and a projector of its own kind, which are not read
+HELD = LLMS | ENCODERS | LLAVA | GEMMA3
 
 ACTIVATIONS = {  # transformers' name -> ours
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu",
     "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
-ROPES = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}  # transformers' rope_type -> ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Description:
 
     kind: class of our module. fields: its fields. names: field -> its name in config.json, for the fields in which a
     module must agree with the folder; the others are choices. refused: what the folder says and no module can do.
+    length: tokens of the longest sequence, which makes a longer window none.
     """
 
     kind: str
     fields: Mapping[str, Any]
     names: Mapping[str, str]
     refused: tuple[str, ...] = ()
+    length: int | None = None
 
 
 def read_config(folder: str | Path) -> Any:
@@ -60,6 +63,9 @@ def read_config(folder: str | Path) -> Any:
     check_model_type(raw.get("model_type"), HELD, f"{path}: model_type")
     if "quantization_config" in raw:
         raise ValueError(f"{path}: quantization_config: quantised weights cannot be read; use the original ones")
+    scaling = raw.get("rope_scaling")
+    if raw["model_type"] == "phi3" and isinstance(scaling, dict) and scaling.get("type") in ("su", "yarn"):
+        raw["rope_scaling"] = {**scaling, "type": "longrope"}  # its name in Phi-3's first files
     # Without PyTorch, transformers says at import that its models are missing; only its configs are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoConfig
@@ -112,52 +118,6 @@ def only(config: Any, **values: Any) -> tuple[str, ...]:
     )
 
 
-def decoder(config: Any, length: int | None = None) -> Description:
-    """The language model of a folder. length: tokens of the longest sequence; default: max_position_embeddings."""
-    text = part_config(config, "llm")
-    names = {
-        "vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "eps": "rms_norm_eps",
-    }  # fmt: skip
-    rope = getattr(text, "rope_parameters", None) or {}
-    fields = {ours: getattr(text, theirs) for ours, theirs in names.items()}
-    fields |= {
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        "rope_theta": float(rope.get("rope_theta") or 0),
-        "tied": bool(config.tie_word_embeddings),
-        "qkv_bias": text.model_type == "qwen2",
-        "qk_norm": text.model_type == "qwen3",
-        "rope_scaling": rope_scaling(rope),
-    }
-    renamed = {"tied": "tie_word_embeddings"}
-    names |= {name: renamed.get(name, name) for name in fields if name not in names}
-    refused = only(text, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    if rope.get("rope_type", "default") not in ROPES:
-        known = ", ".join(ROPES)
-        refused += (f"rope_scaling of type {rope['rope_type']!r} cannot be built here, only {known}",)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refused += (f"partial_rotary_factor {rope['partial_rotary_factor']} cannot be built here, only 1.0",)
-    window, length = getattr(text, "sliding_window", None), length or text.max_position_embeddings
-    if window and window < length:
-        refused += (
-            f"sliding_window {window} is shorter than {length} tokens, and this decoder attends to all of them; "
-            f"give length={window} if no sequence is longer",
-        )
-    return Description("Decoder", fields, names, refused)
-
-
-def rope_scaling(rope: Mapping[str, Any]) -> Any:
-    """How the folder scales rotary frequencies, None if it does not. Raises ValueError for what is no number."""
-    scaling = ROPES.get(rope.get("rope_type"))
-    if scaling is None:
-        return None
-    fields = {field.name: rope[field.name] for field in dataclasses.fields(scaling)}
-    for name, value in fields.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"rope_scaling: {name} {value!r} is no number")
-    return scaling(**fields)
-
-
 def projector(config: Any) -> Description:
     """The projector of a LLaVA folder."""
     fields, names = {"depth": 2}, {"depth": "depth"}
@@ -179,6 +139,8 @@ def differences(described: Description, module: Any) -> list[str]:
     lines = []
     for field, theirs in described.names.items():
         there, here = described.fields[field], effective(module, field)
+        if field == "window" and here and described.length and here >= described.length:
+            here = None
         if _comparable(there) != _comparable(here):
             lines.append(f"{theirs} {there} there, {field} {here} here")
     return lines + list(described.refused)

@@ -5,55 +5,18 @@ A function returns None where no class of transformers that it knows is the same
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from transformers import AutoConfig
-
 from jaxmllm.encoders.vit import ViT
-from jaxmllm.llms.decoder import Decoder
-from jaxmllm.nn.rope import LinearScaling, Llama3Scaling
-from jaxmllm.weights.hf_config import ACTIVATIONS, differences, effective
-from jaxmllm.weights.hf_config import decoder as described
+from jaxmllm.weights.hf_config import effective
 from jaxmllm.weights.hf_pictures import FILTERS
+from jaxmllm.weights.hf_write_decoders import ACTIVATION_NAMES
 
-ROPE_TYPES = {type(None): "default", LinearScaling: "linear", Llama3Scaling: "llama3"}  # ours -> rope_type
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LLAVA = "LlavaForConditionalGeneration"
 # The fields in which a ViT of transformers' classes differs from ours; each has one value
 CLIP = dict(class_token=True, pre_norm=True, patch_bias=False)
 SIGLIP = dict(class_token=False, pre_norm=False, patch_bias=True)
 PLAIN = dict(gated=False, registers=0, layer_scale=False, key_bias=True, rope_theta=None, final_norm=False, stem=())
-# Of several names that transformers has for an activation, the one that its models have
-ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {"gelu_tanh": "gelu_pytorch_tanh"}
-
-
-def text_config(decoder: Any, length: int) -> dict[str, Any] | None:
-    """config.json of a language model. length: tokens of its longest sequence."""
-    if type(decoder) is not Decoder or decoder.inserts or type(decoder.rope_scaling) not in ROPE_TYPES:
-        return None
-    name = "qwen2" if decoder.qkv_bias else "qwen3" if decoder.qk_norm else "llama"
-    scaling = decoder.rope_scaling
-    rope = {"rope_theta": decoder.rope_theta, "rope_type": ROPE_TYPES[type(scaling)]}
-    config = {
-        "architectures": [ARCHITECTURES[name]],
-        "model_type": name,
-        "vocab_size": decoder.vocab,
-        "hidden_size": decoder.width,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.kv_heads,
-        "intermediate_size": decoder.mlp,
-        "head_dim": effective(decoder, "head_dim"),
-        "hidden_act": "silu",
-        "rms_norm_eps": decoder.eps,
-        "rope_parameters": rope | (dataclasses.asdict(scaling) if scaling else {}),
-        "tie_word_embeddings": decoder.tied,
-        "max_position_embeddings": length,
-        "sliding_window": None,
-        "use_sliding_window": False,
-    }
-    return None if differences(described(AutoConfig.for_model(**config), length), decoder) else config
 
 
 def vision_config(vit: Any) -> dict[str, Any] | None:

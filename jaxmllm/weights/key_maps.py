@@ -21,8 +21,9 @@ from jaxmllm.weights.convert import FLAT, FLAT_GRID, LEADING_ONE, Entry, KeyMap,
 
 
 def llama(decoder: Decoder, body: str = "model", head: str = "lm_head") -> KeyMap:
-    """LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM (with biases on q, k, v), Qwen3ForCausalLM (with norms of
-    q and k), others with the same keys.
+    """LlamaForCausalLM, MistralForCausalLM, SmolLM3ForCausalLM, GemmaForCausalLM; Qwen2ForCausalLM (with biases on q,
+    k, v), Qwen3ForCausalLM (with norms of q and k), Gemma2ForCausalLM (with norms after attention and MLP),
+    Gemma3ForCausalLM (with both kinds of norms), and others with the same keys.
 
     body, head: prefixes of the layers and of the output table, which differ inside multimodal models.
     """
@@ -44,7 +45,12 @@ def phi3(decoder: Decoder, body: str = "model", head: str = "lm_head") -> KeyMap
 def _causal_lm(decoder: Decoder, block: KeyMap, body: str, head: str) -> KeyMap:
     block += dense("self_attn.o_proj", "attn/out", inputs=3, bias=False)
     block += dense("mlp.down_proj", "mlp/down", bias=False)
-    block += norm("input_layernorm", "norm1", bias=False) + norm("post_attention_layernorm", "norm2", bias=False)
+    block += norm("input_layernorm", "norm1", bias=False)
+    norms = {"post_attention_layernorm": "norm2"}
+    if decoder.post_norms:
+        norms = {"post_attention_layernorm": "post_norm1", "post_feedforward_layernorm": "post_norm2"}
+        norms["pre_feedforward_layernorm"] = "norm2"
+    block += join(norm(theirs, ours, bias=False) for theirs, ours in norms.items())
     block += ignore(r"self_attn\.rotary_emb\.inv_freq")  # a constant in old checkpoints
     table, output = f"{body}.embed_tokens.weight", f"{head}.weight"
     keys = copy(table, "embedding/embedding") + norm(f"{body}.norm", "norm", bias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from jaxmllm.nn.attention.heads import per_device_heads
 
@@ -14,6 +15,7 @@ def cudnn_attention(
     causal: bool,
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Arguments and result as in choose.dot_product_attention."""
 
@@ -21,6 +23,9 @@ def cudnn_attention(
         seen = None
         if q_segments is not None:
             seen = (q_segments[:, None, :, None] == kv_segments[:, None, None]) & (kv_segments > 0)[:, None, None]
+        if window is not None:
+            near = (jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1]) < window)[None, None]
+            seen = near if seen is None else seen & near
         heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
         y = jax.nn.dot_product_attention(heads, k, v, mask=seen, is_causal=causal, implementation="cudnn")
         return y.reshape(q.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,11 +22,16 @@ class Attention(nn.Module):
 
     heads: query heads, a multiple of kv_heads (grouped-query attention). rope_theta: base of rotary positions; None: no
     positions. rope_scaling: see nn/rope.py. key_bias=False: keys have no bias even if queries and values have one
-    (DINOv3). norm_eps: queries and keys of each head pass an RMS norm first (Qwen3); None: no norm.
+    (DINOv3). norm_eps: queries and keys of each head pass an RMS norm first (Qwen3); None: no norm; zero_centred: see
+    primitives.Norm. rotary_dim: entries of a head that are rotated; None: all. window: a query sees only the last
+    `window` keys, its own included. local_theta: the rotary base, unscaled, where there is a window. query_scale: of
+    the products of queries and keys; None: 1 / sqrt(head_dim). cap: see primitives.soft_cap.
     positions int32[B, S]; segments int32[B, S], or a pair of those of queries and keys. angles float32[1, S, D/2]:
     rotations to use instead of those of the positions. cache: None, or {"k", "v": [B, T, K, D], "segments":
     int32[B, T]}, which is written from slot `cache_index` on; the queries then attend to all slots written so far. If
     it also has "q" [B, T, K, G, D], the queries are kept there, as they meet the keys.
+    kind: {"windowed", "rotary"}, bool scalars: whether this layer of a stack has the window, and whether it rotates;
+    those that are left out are true.
     """
 
     heads: int
@@ -38,10 +44,17 @@ class Attention(nn.Module):
     rope_theta: float | None = None
     rope_scaling: Any = None
     norm_eps: float | None = None
+    zero_centred: bool = False
+    rotary_dim: int | None = None
+    window: int | None = None
+    local_theta: float | None = None
+    query_scale: float | None = None
+    cap: float | None = None
     kernel_init: Init | None = None
 
     @nn.compact
-    def __call__(self, x, positions=None, segments=None, cache=None, cache_index=0, angles=None):
+    def __call__(self, x, positions=None, segments=None, cache=None, cache_index=0, angles=None, kind=None):
+        kind = kind or {}
         kv = self.kv_heads or self.heads
         common = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
         key = common | dict(use_bias=self.use_bias and self.key_bias)
@@ -49,11 +62,15 @@ class Attention(nn.Module):
         k = Linear((kv, self.head_dim), out_axes=("heads", None), name="k", **key)(x)
         v = Linear((kv, self.head_dim), out_axes=("heads", None), name="v", **common)(x)
         if self.norm_eps is not None:
-            q, k = Norm("rms", self.norm_eps, name="q_norm")(q), Norm("rms", self.norm_eps, name="k_norm")(k)
+            norm = partial(Norm, "rms", self.norm_eps, self.zero_centred)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if self.rope_theta is not None:
-            angles = line_angles(positions, self.head_dim, self.rope_theta, self.rope_scaling)
+            angles = self.angles(positions, kind)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            factor = getattr(self.rope_scaling, "attention_factor", None)
+            q, k = rotate(q, angles, factor), rotate(k, angles, factor)
+        if self.query_scale is not None:
+            q = q * (self.query_scale * self.head_dim**0.5)
         q_segments, kv_segments = segments if isinstance(segments, tuple) else (segments, segments)
         if cache is not None:
             new = {"k": shard_kv(k), "v": shard_kv(v), "segments": sharded.shard(kv_segments, "batch", None)}
@@ -66,9 +83,13 @@ class Attention(nn.Module):
             k, v, kv_segments = cache["k"], cache["v"], cache["segments"]
         offset = 0 if cache is None else cache_index
         with jax.named_scope("causal" if self.causal else "full"):  # a plan counts half the FLOPs of a causal one
-            y = dot_product_attention(
-                q, k, v, causal=self.causal, q_segments=q_segments, kv_segments=kv_segments, q_offset=offset
-            )
+            segments = dict(q_segments=q_segments, kv_segments=kv_segments)
+            attend = partial(dot_product_attention, q, k, v, causal=self.causal, q_offset=offset, **segments)
+            windowed = partial(attend, window=self.window, cap=self.cap)
+            if "windowed" in kind:
+                y = jax.lax.cond(kind["windowed"], windowed, partial(attend, cap=self.cap))
+            else:
+                y = windowed()
         out = Linear(
             (x.shape[-1],),
             in_axes=("heads", None, None),
@@ -78,6 +99,15 @@ class Attention(nn.Module):
             name="out",
         )
         return checkpoint_name(out(y), "projection"), cache
+
+    def angles(self, positions: jax.Array, kind: dict[str, jax.Array]) -> jax.Array:
+        """float32[B, S, rotary_dim / 2] of a layer of a kind; 0 where it does not rotate."""
+        dim = self.rotary_dim or self.head_dim
+        angles = line_angles(positions, dim, self.rope_theta, self.rope_scaling)
+        if self.local_theta is not None:
+            local = line_angles(positions, dim, self.local_theta)
+            angles = jnp.where(kind["windowed"], local, angles) if "windowed" in kind else local
+        return jnp.where(kind["rotary"], angles, 0) if "rotary" in kind else angles
 
 
 class CrossAttention(nn.Module):

@@ -20,6 +20,8 @@ def splash_attention(
     causal: bool,
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
+    window: int | None = None,
+    cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Arguments and result as in choose.dot_product_attention. interpret: runs on a CPU, slowly."""
@@ -31,7 +33,10 @@ def splash_attention(
         q_segments, kv_segments = jnp.ones((b, s), jnp.int32), jnp.ones((b, t), jnp.int32)
     shape = (own_s + padding[0], t + padding[1])
     # The parts of a causal mask differ; all parts of a full mask are the same.
-    mask = library.CausalMask((parts * shape[0], shape[1])) if causal else library.FullMask(shape)
+    if causal and window:
+        mask = library.LocalMask((parts * shape[0], shape[1]), (window - 1, 0), 0)
+    else:
+        mask = library.CausalMask((parts * shape[0], shape[1])) if causal else library.FullMask(shape)
     # One backward kernel would leave a sum over blocks of keys to XLA, which costs more than the two products it saves.
     back = dict(block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=bk, block_q_dq=bq, block_kv_dq=bk)
     kernel = library.make_splash_mqa(
@@ -40,6 +45,7 @@ def splash_attention(
         head_shards=1,
         q_seq_shards=parts if causal else 1,
         residual_checkpoint_name=SAVED,
+        attn_logits_soft_cap=cap,
         interpret=interpret,
     )
     length = jax.typeof(q).sharding.spec[1] if causal else None
