@@ -1,12 +1,14 @@
 """Entry point of the command line.
 
 Exit codes: 0 success, 1 a failed run, 2 a request that cannot be met; one line says what is wrong and how to mend it.
+130 after Ctrl-C; `train` saves and returns 0 (docs/stopping.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from jaxmllm.cli import (
@@ -57,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("JAXMLLM_TRACEBACK"):
             raise
         return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail(InterruptedError("interrupted"), 128 + signal.SIGINT)
 
 
 def parser() -> argparse.ArgumentParser:

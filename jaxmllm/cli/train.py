@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 
 from jaxmllm.cli import common
+from jaxmllm.train.stop import Stopped, StopSignal
 
 
 def add(commands) -> None:
@@ -25,7 +25,18 @@ def add(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains a config; resumes if the workdir has a checkpoint."""
+    """Trains a config; resumes if the workdir has a checkpoint. A signal stops it."""
+    stop = StopSignal()
+    try:
+        with stop:
+            train(args, stop)
+    except Stopped:
+        if not stop.ended:
+            stop.end("stopped before it trained; the same command starts it again")
+
+
+def train(args: argparse.Namespace, stop: StopSignal) -> None:
+    """Checks everything, then trains. Raises Stopped."""
     from jaxmllm.train.cache import use_compile_cache
 
     config = common.load_run(args)
@@ -34,13 +45,14 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm import processes
     from jaxmllm.data.build import check_data, make_loader, resolve
     from jaxmllm.eval.periodic import StageEvals
-    from jaxmllm.train import loop, stop
+    from jaxmllm.train import loop
     from jaxmllm.train.profile import parse_steps
     from jaxmllm.train.session import Hooks
     from jaxmllm.weights.parts import load_parts
 
     profile = parse_steps(args.profile) if args.profile else None
     processes.join_processes(args.distributed)
+    stop.joined()
     check_data(config)
     config = resolve(config, workdir, args.accept_changed_data)
     evals = {stage.name: StageEvals(config, stage, workdir) for stage in config.stages}
@@ -55,7 +67,4 @@ def run(args: argparse.Namespace) -> None:
         common.say(*reports)
         return arrays, [dataclasses.asdict(report) for report in reports]
 
-    try:
-        loop.run(config, workdir, Hooks(make, load, evals, profile))
-    except stop.Stopped as stopped:
-        print(stopped, file=sys.stderr)
+    loop.run(config, workdir, Hooks(make, load, evals, profile, stop))

@@ -111,8 +111,8 @@ class Loader:
         self._make_ahead()
         try:
             batch, info, self.state = self.pending.popleft().result()
-        except BaseException:
-            self.close()  # the batches made after the failure would skip rows
+        except BaseException as error:  # the batches made after the failure would skip rows
+            self._end(wait=isinstance(error, Exception))  # a signal may have ended a wait that has no end
             raise
         self._make_ahead()
         return batch, info
@@ -144,9 +144,13 @@ class Loader:
 
     def close(self) -> None:
         """Stops the threads. The position stays readable."""
-        self._stop()
+        if self.shards:
+            self._end(wait=True)
+
+    def _end(self, wait: bool) -> None:
+        self._stop(wait)
         if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+            self.pool.shutdown(wait, cancel_futures=True)
         self.shards = {}
 
     def __enter__(self) -> Loader:
@@ -155,9 +159,9 @@ class Loader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _stop(self) -> None:
+    def _stop(self, wait: bool = True) -> None:
         if self.batch_thread:
-            self.batch_thread.shutdown(cancel_futures=True)
+            self.batch_thread.shutdown(wait, cancel_futures=True)
         self.batch_thread = None
         self.pending.clear()
 

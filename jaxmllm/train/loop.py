@@ -19,13 +19,12 @@ from jaxmllm.host_batches import global_from_rows, process_rows
 from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.train.compiler import use_random_kernel
-from jaxmllm.train.finite import check_state
 from jaxmllm.train.metrics import Reporter, report
 from jaxmllm.train.profile import Profiler
 from jaxmllm.train.session import Hooks, Session, StageTools
 from jaxmllm.train.setup import check_stages, check_workdir, claim_workdir, start_stage
 from jaxmllm.train.starts import note_start
-from jaxmllm.train.stop import Stopped, StopSignal
+from jaxmllm.train.stop import Stopped
 
 
 def run(config: Run, workdir: str, hooks: Hooks) -> None:
@@ -36,10 +35,10 @@ def run(config: Run, workdir: str, hooks: Hooks) -> None:
     """
     mesh = config.mesh.build()
     use_random_kernel(mesh)
-    with StopSignal() as stop, jax.set_mesh(mesh), contextlib.closing(Profiler(hooks.profile, workdir)) as profiler:
+    with jax.set_mesh(mesh), contextlib.closing(Profiler(hooks.profile, workdir)) as profiler:
         check_stages(config, mesh)
         check_workdir(config, workdir)
-        session = Session(config, workdir, mesh, hooks, stop, profiler)
+        session = Session(config, workdir, mesh, hooks, profiler)
         names = [stage.name for stage in config.stages]
         all_checkpoints = open_checkpoints(workdir, names, config.keep, to_document(config))
         left = [
@@ -73,33 +72,45 @@ def run_stage(session: Session, stage: Stage, checkpoints: StageCheckpoints, is_
 
 
 def train(session: Session, stage: Stage, tools: StageTools, state, step: Callable) -> None:
-    """Runs `step` until the stage's last one. A transfer guard makes every copy between host and device deliberate."""
-    reporter = tools.reporter
-    done, pending = int(state.step), None
+    """Runs `step` until the stage's last one. A transfer guard makes every copy between host and device deliberate.
+
+    A signal ends the wait for data and an evaluation; a step is finished and saved first.
+    """
+    reporter, stop, evals = tools.reporter, session.hooks.stop, session.hooks.evals[stage.name]
+    done, pending, position = int(state.step), None, tools.loader.get_state()
     reporter.say(f"stage {stage.name}: steps {done} to {stage.steps}, compiling ...")
     with jax.transfer_guard("disallow"):
-        session.hooks.evals[stage.name](done, state, reporter)  # what a run that was interrupted here has not evaluated
-        while done < stage.steps:
-            start = time.perf_counter()
-            rows, info = next(tools.loader)
-            batch = global_from_rows(rows, session.mesh)
-            reporter.count(info, time.perf_counter() - start)
-            session.profiler.before(done + 1, state)
-            with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
-                state, metrics = step(state, batch)
-            jax.block_until_ready(pending)  # the host stays one step ahead, so that what it waits for then is data
-            if pending is None:
-                reporter.first_step()
-            else:
-                report(reporter, done, pending, tools.checkpoints)
-            done, pending = done + 1, metrics
-            session.profiler.after(done, metrics, reporter.say)
-            stopping = session.stop.asked(done) and done < stage.steps
-            if done % session.config.save_every == 0 or done == stage.steps or stopping:
-                report(reporter, done, pending, tools.checkpoints)
-                check_state(state, done, tools.checkpoints)
-                tools.checkpoints.save(state, tools.loader.get_state())
-            reporter.look_for_unreached(done, state)
-            if stopping:
-                raise Stopped(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
-            reporter.window_start += session.hooks.evals[stage.name](done, state, reporter)
+        try:
+            evals(done, state, reporter)  # what a run that was interrupted here has not evaluated
+            while done < stage.steps:
+                start = time.perf_counter()
+                rows, info = next(tools.loader)
+                with stop.shielded():
+                    batch = global_from_rows(rows, session.mesh)
+                    reporter.count(info, time.perf_counter() - start)
+                    session.profiler.before(done + 1, state)
+                    with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
+                        state, metrics = step(state, batch)
+                    position = tools.loader.get_state()
+                    jax.block_until_ready(pending)  # one step ahead, so that what the host waits for then is data
+                    if pending is None:
+                        reporter.first_step()
+                    else:
+                        report(reporter, done, pending, tools.checkpoints)
+                    done, pending = done + 1, metrics
+                    session.profiler.after(done, metrics, reporter.say)
+                    stopping = stop.asked(done) and done < stage.steps
+                    if done % session.config.save_every == 0 or done == stage.steps:
+                        tools.save(done, state, pending, position)
+                    reporter.look_for_unreached(done, state)
+                    if stopping:
+                        raise Stopped
+                reporter.window_start += evals(done, state, reporter)
+            with stop.shielded():
+                tools.checkpoints.wait()
+        except Stopped:
+            if pending is not None:
+                tools.save(done, state, pending, position)
+            tools.checkpoints.wait()
+            stop.end(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
+            raise

@@ -10,9 +10,11 @@ import jax
 
 from jaxmllm.config import Run, Stage
 from jaxmllm.train.checkpoint import StageCheckpoints
-from jaxmllm.train.metrics import Reporter
+from jaxmllm.train.finite import check_state
+from jaxmllm.train.metrics import Reporter, report
 from jaxmllm.train.profile import Profiler
 from jaxmllm.train.setup import LoadParts
+from jaxmllm.train.state import TrainState
 from jaxmllm.train.stop import StopSignal
 
 
@@ -22,13 +24,14 @@ class Hooks:
 
     evals: stage name -> its evaluations: due(step) is true if any is to be made, and a call with (step, state,
     reporter) makes them and returns the seconds that it took. profile: first and last step to trace, of the first stage
-    that is trained.
+    that is trained. stop: entered by whoever wants signals to stop the run.
     """
 
     make_loader: Callable[[Stage], Any]
     load_parts: LoadParts
     evals: Mapping[str, Any]
     profile: tuple[int, int] | None = None
+    stop: StopSignal = dataclasses.field(default_factory=StopSignal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,6 @@ class Session:
     workdir: str
     mesh: jax.sharding.Mesh
     hooks: Hooks
-    stop: StopSignal
     profiler: Profiler
 
 
@@ -50,3 +52,12 @@ class StageTools:
     loader: Any
     checkpoints: StageCheckpoints
     reporter: Reporter
+
+    def save(self, step: int, state: TrainState, metrics: dict[str, jax.Array], position: dict[str, Any]) -> None:
+        """Reports a step, then starts writing its state and the position in the data after it.
+
+        Raises FloatingPointError, without writing, if the metrics or the state are not finite.
+        """
+        report(self.reporter, step, metrics, self.checkpoints)
+        check_state(state, step, self.checkpoints)
+        self.checkpoints.save(state, position)
