@@ -18,6 +18,7 @@ from jaxmllm.cli import (
     data_check,
     data_convert,
     data_make_scenes,
+    data_show,
     data_stats,
     eval,
     export,
@@ -41,7 +42,7 @@ COMMANDS = (
     plan,
     bench,
 )
-DATA_COMMANDS = (data_make_scenes, data_check, data_stats, data_convert)
+DATA_COMMANDS = (data_make_scenes, data_check, data_show, data_stats, data_convert)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmllm.batch import IGNORE_LABEL, VisualLayout
 from jaxmllm.data.conversation import exchanges, system_text
-from jaxmllm.data.encoding import Encoder
+from jaxmllm.data.encoding import Encoded, Encoder
 from jaxmllm.data.images import View, padding, size_after_fit, token_mask, views
 from jaxmllm.data.picture import decode, open_image
 from jaxmllm.data.sources.record import Record
@@ -142,20 +142,13 @@ def make_tokens(
     record: Record, sizes: Sequence[tuple[int, int]], spec: SampleSpec, reply_open: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens, labels and visual_index of a Sample, from the (width, height) of its pictures. Raises BadSample."""
-    turns, system = exchanges(record, len(sizes), reply_open), system_text(record)
-    if system and spec.template.system is None:
-        raise record.bad("system text", f"the template {spec.template.name} has no place for one")
     tokens, trained, visual_index, image, slot = [], [], [], 0, 0
-    for piece in spec.encoder(spec.template.pieces(turns, system)):
+    for piece in conversation(record, len(sizes), spec, reply_open):
         if piece.image:
-            size, grid = sizes[image], spec.tile_grid(sizes[image])
-            if any(grid):
-                indices = tiled_visual_indices(slot, size, grid, spec.layout)
-            else:
-                indices = visual_indices(slot, size, spec.layout)
+            indices = picture_indices(slot, sizes[image], spec)
             tokens += [0] * len(indices)
             visual_index += indices
-            image, slot = image + 1, slot + spec.slots(size)
+            image, slot = image + 1, slot + spec.slots(sizes[image])
         tokens += piece.ids
         visual_index += [-1] * len(piece.ids)
         trained += [piece.trained] * (len(tokens) - len(trained))
@@ -167,6 +160,21 @@ def make_tokens(
     labels = np.full_like(ids, IGNORE_LABEL)
     labels[:-1] = np.where(trained[1:], ids[1:], IGNORE_LABEL)
     return ids, labels, np.array(visual_index, np.int32)
+
+
+def conversation(record: Record, pictures: int, spec: SampleSpec, reply_open: bool = False) -> list[Encoded]:
+    """The pieces of a record's conversation, pictures among them, each with its token ids. Raises BadSample."""
+    turns, system = exchanges(record, pictures, reply_open), system_text(record)
+    if system and spec.template.system is None:
+        raise record.bad("system text", f"the template {spec.template.name} has no place for one")
+    return spec.encoder(spec.template.pieces(turns, system))
+
+
+def picture_indices(slot: int, size: tuple[int, int], spec: SampleSpec) -> list[int]:
+    """j * block + t for each token t of a picture that has a place in the row, in order; j: `slot`, and those after it
+    for tiles."""
+    grid = spec.tile_grid(size)
+    return tiled_visual_indices(slot, size, grid, spec.layout) if any(grid) else visual_indices(slot, size, spec.layout)
 
 
 def visual_indices(slot: int, size: tuple[int, int], layout: VisualLayout) -> list[int]:

@@ -92,6 +92,13 @@ class Code(Block):
 
 
 @dataclasses.dataclass(frozen=True)
+class Spans(Block):
+    """Running text in (text, style) parts; style: "trained", "untrained" or "picture"."""
+
+    parts: Sequence[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Grid(Block):
     """Blocks side by side, as many as the width allows; small: cards rather than plots."""
 
