@@ -139,7 +139,7 @@ def test_prepare_pads_in_the_middle():
     assert prepare(Image.new("RGB", (300, 100)), EncoderInput(48, 1, (9, 9, 9))).shape == (48, 48, 3)
 
 
-@pytest.mark.parametrize("size", [(3000, 7), (7, 3000), (1000, 999), (999, 1000), (1, 40), (40, 1), (30, 2500)])
+@pytest.mark.parametrize("size", [(3000, 7), (7, 3000), (1000, 999), (999, 1000), (1, 40), (40, 1), (30, 2500), (3, 5)])
 @pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
 def test_padding_without_the_square_gives_the_same_pixels(size, filter, monkeypatch):
     monkeypatch.setattr("jaxmllm.data.images.STRIP", 100_000)
@@ -151,7 +151,7 @@ def test_padding_without_the_square_gives_the_same_pixels(size, filter, monkeypa
     np.testing.assert_array_equal(prepare(picture, encoder), whole)
 
 
-@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (30000, 40)])
+@pytest.mark.parametrize("size", [(16000, 1), (1, 16000), (16000, 40)])
 def test_thin_pictures_take_little_memory(size, monkeypatch):
     """No picture that is made has more pixels than a strip, or than the picture resized along one side."""
     made, new = [], Image.new

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 from jaxmllm.data.sources.record import BadSample, Blob, Record
 
 MAX_PIXELS = 1 << 26  # of a picture; decoding one takes up to 16 bytes a pixel
-MAX_SIDE = 1 << 15  # pixels of its longer side
+MAX_SIDE = 1 << 14  # pixels of its longer side
 GROUND = (255, 255, 255)  # what shows through transparent pixels
 FORMATS = (
     "JPEG",
