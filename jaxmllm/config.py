@@ -8,6 +8,7 @@ model.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,8 @@ class Source:
     def __post_init__(self):
         check_local("source", self.path)
         check_local("image_root", self.image_root)
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"the weight of {self.path} is {self.weight}; it must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,18 +88,18 @@ def test_threads_do_not_change_several_sources_with_bad_records(source, half_bad
 
 
 class CountingMaker:
-    """Stands for SampleMaker: place 3 of source 1 is bad; notes each call."""
+    """Stands for SampleMaker: notes each call; the (source, place) for which `is_bad` is true are bad."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, is_bad=lambda source, place: (source, place) == (1, 3)):
+        self.calls, self.is_bad = [], is_bad
 
     def record(self, source, place):
         return f"source{source}", place
 
     def __call__(self, source, place):
         self.calls.append((source, place))
-        if (source, place) == (1, 3):
-            return BadSample("3", "source1", "too long")
+        if self.is_bad(source, place):
+            return BadSample(str(place), f"source{source}", "too long")
         none = np.zeros(0, np.int32)
         return Sample(place, none, none, none, {}, {}, {}, {}, 0)
 
@@ -129,6 +129,21 @@ def test_samples_made_ahead_stay_within_the_bound_and_are_all_used():
         next(again)
     assert sorted(inline.calls) == sorted(maker.calls) and len(set(maker.calls)) == used
     assert [bad[:2] for bad in notes.noted] == [("source1", 3)]
+
+
+@pytest.mark.parametrize("ahead", [0, 6])
+def test_shares_hold_within_one_percent_over_10_000_samples(ahead):
+    """In 8 shards; three quarters of the first source are bad, a tenth of the second, at random."""
+    bad = np.random.default_rng(0).random((3, 100_000)) < np.array([[0.75], [0.1], [0.0]])
+    shares, counts = [0.5, 0.3, 0.2], [0, 0, 0]
+    with ThreadPoolExecutor(2) as pool:
+        for shard in range(8):
+            maker = CountingMaker(lambda source, place: bad[source, place])
+            mixture = Mixture(shares, maker, Notes(), shard, 8, pool if ahead else None, ahead)
+            for _ in range(1250):
+                counts[next(mixture).source] += 1
+    assert sum(counts) == 10_000
+    np.testing.assert_allclose(np.array(counts) / 10_000, shares, rtol=0.01)
 
 
 def test_the_shards_of_a_process_share_its_threads(source, spec, tmp_path):

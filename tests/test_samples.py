@@ -148,12 +148,14 @@ def test_check_and_stats(tokenizer, tmp_path):
     source = LlavaSource(write_jsonl(tmp_path / "all.jsonl", [*good, *bad, good[0]]))
     report = check(source)
     assert report.records == 25 and report.sources == {"": 5, "worse": 20} and report.duplicates == {"square": 2}
-    kinds = {kind: len(samples) for kind, samples in report.problems.items()}
-    assert kinds == {
+    assert report.kinds == {
         "missing file": 1, "only the case differs": 1, "unreadable picture": 2, "wrong number of <image>": 3,
         "empty answer": 1, "turns do not alternate": 2, "no conversation": 2, "media that is not read": 2,
-        "unknown role": 1, "system text": 1, "broken text": 1,
+        "unknown role": 1, "system text": 1, "broken text": 1, "unreadable target map": 1,
     }  # fmt: skip
+    assert [problem.index for problem in check(source, spec_of(tokenizer, targets=MapTargets(4))).problems] == [
+        *range(4, 24)
+    ]
     measured = stats(source, spec_of(tokenizer))
     # Only sizes are read, so the truncated picture passes; target maps are not read at all.
     assert (measured.used, measured.bad, measured.images) == (7, 18, {0: 1, 1: 5, 2: 1})

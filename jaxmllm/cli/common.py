@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jaxmllm.errors import suggest
 
 if TYPE_CHECKING:
-    from jaxmllm.config import Run
+    from jaxmllm.config import Run, Stage
+    from jaxmllm.data.samples import SampleSpec
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +74,33 @@ def add_image_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", help="folder of the pictures (default: that of the source)")
     text = "let records name files outside that folder, also through links"
     parser.add_argument("--outside-root", action="store_true", help=text)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Options that say how a config reads records; see `load_stages` and `spec_of_reading`."""
+    text = "a config: refuse what its training would, for its template, lengths, pictures and targets"
+    parser.add_argument("--config", metavar="FILE.py[:variant]", help=text)
+    parser.add_argument("--stage", help="a stage of the config (default: for a source the first, for a config all)")
+    add_overrides(parser)
+
+
+def load_stages(args: argparse.Namespace) -> tuple[Run, tuple[Stage, ...]]:
+    """The config that --config names, and its stages, or the one that --stage names."""
+    run = load_run(args)
+    return run, (run.stage(args.stage),) if args.stage else run.stages
+
+
+def spec_of_reading(args: argparse.Namespace) -> SampleSpec | None:
+    """How the first stage of `load_stages` makes samples; None without --config."""
+    from jaxmllm.data.build import sample_spec
+    from jaxmllm.errors import ConfigError
+
+    if args.config:
+        run, stages = load_stages(args)
+        return sample_spec(run, stages[0])
+    if args.stage or args.overrides:
+        raise ConfigError("--stage and --set need a config; give one with --config")
+    return None
 
 
 def load_run(args: argparse.Namespace) -> Run:

@@ -4,32 +4,86 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jaxmllm.batch import EncoderInput
+from jaxmllm.config import Data, Run, Source, Stage
+from jaxmllm.data.ahead import map_ahead
+from jaxmllm.data.build import sample_spec, weighted_sources
 from jaxmllm.data.conversation import exchanges, system_text
+from jaxmllm.data.images import View
+from jaxmllm.data.mixture import normalized
 from jaxmllm.data.picture import decode, open_image
-from jaxmllm.data.samples import SampleSpec
+from jaxmllm.data.samples import SampleSpec, make_sample
 from jaxmllm.data.sizes import MEASURED, MeasuredSource, Progress, packed_rows, sample_sizes
-from jaxmllm.data.sources.record import BadSample, RecordSource
+from jaxmllm.data.sources.llava import LlavaSource
+from jaxmllm.data.sources.record import BadSample, Record, RecordSource
+from jaxmllm.data.targets import MapTargets
+from jaxmllm.errors import shown
 
+ANY_MAPS, ANY_ENCODER = MapTargets(grid=1), EncoderInput(1, 1, (0, 0, 0), "squash")  # to read maps without a config
 PERCENTILES = (0, 50, 90, 99, 100)
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What `check` found."""
+class Problem:
+    """A record that training would drop."""
 
+    index: int
+    source: str  # value of its field `source`, "" if it has none or cannot be read
+    bad: BadSample
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `check` found in a source."""
+
+    path: str
     records: int
     images: int  # pictures that could be decoded
     sources: dict[str, int]  # value of the field `source` ("" if absent) -> records
-    problems: dict[str, list[BadSample]]  # kind -> bad records; only the first problem of each is listed
+    problems: list[Problem]  # in the order of the records; the first thing that is wrong with each
     duplicates: dict[str, int]  # id that occurs more than once -> how often
 
     @property
     def bad(self) -> int:
         """Records that training would drop."""
-        return sum(map(len, self.problems.values()))
+        return len(self.problems)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Kind of problem -> records."""
+        return dict(collections.Counter(problem.bad.kind for problem in self.problems))
+
+    def usable(self) -> list[int]:
+        """The indices of the other records."""
+        bad = {problem.index for problem in self.problems}
+        return [index for index in range(self.records) if index not in bad]
+
+    def document(self) -> dict[str, Any]:
+        """The report as JSON data; `problems` are as in the ledger of a run, with the kind."""
+        by_source = {}
+        for name, count in self.sources.items():
+            kinds = collections.Counter(problem.bad.kind for problem in self.problems if problem.source == name)
+            by_source[name] = {"records": count, "kinds": dict(kinds)}
+        problems = [
+            {"source": self.path, "index": p.index, "id": p.bad.id, "path": p.bad.path, "kind": p.bad.kind,
+             "reason": p.bad.reason}
+            for p in self.problems
+        ]  # fmt: skip
+        found = {"path": self.path, "records": self.records, "pictures": self.images, "bad": self.bad}
+        return {
+            **found,
+            "kinds": self.kinds,
+            "by_source": by_source,
+            "problems": problems,
+            "duplicates": self.duplicates,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +98,79 @@ class Stats:
     packing: float  # share of a row's places that are not padding
 
 
-def check(source: RecordSource, progress: Progress | None = None) -> Report:
-    """Reads every record and decodes every picture of a source; nothing is tokenised."""
-    sources, ids, problems, images = collections.Counter(), collections.Counter(), {}, 0
-    for index in range(len(source)):
+def examine(record: Record, index: int, spec: SampleSpec | None = None) -> int:
+    """Raises BadSample if training would refuse a record, with the same words; returns the number of its pictures.
+
+    Without a spec it is what any config may refuse: its lengths do not count, and target maps must fit their picture.
+    """
+    if spec:
+        make_sample(record, index, spec)
+        return len(record.images)
+    pictures = [open_image(record, blob) for blob in record.images]
+    exchanges(record, len(pictures))
+    system_text(record)
+    for number, (blob, picture) in enumerate(zip(record.images, pictures)):
+        decode(record, blob, picture)
+        ANY_MAPS(record, number, View(picture.size, ANY_ENCODER))
+    return len(pictures)
+
+
+def check(source: RecordSource, spec: SampleSpec | None = None, progress: Progress | None = None) -> Report:
+    """Examines every record of a source. Raises RuntimeError, naming the record, if that fails."""
+
+    def look(index: int) -> tuple[str, str, int, BadSample | None]:
+        id = name = ""
         try:
             record = source[index]
-            ids[record.id] += 1
-            sources[str(record.data.get("source", ""))] += 1
-            exchanges(record, len(record.images))
-            system_text(record)
-            for blob in record.images:
-                decode(record, blob, open_image(record, blob))
-                images += 1
+            id, name = record.id, str(record.data.get("source", ""))
+            return id, name, examine(record, index, spec), None
         except BadSample as bad:
-            problems.setdefault(bad.kind, []).append(bad)
+            return id, name, 0, bad
+        except Exception as error:
+            what = f"examining record {index} of {source.path} failed"
+            raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
+
+    sources, ids, problems, images = collections.Counter(), collections.Counter(), [], 0
+    for index, (id, name, count, bad) in enumerate(map_ahead(look, range(len(source)))):
+        sources[name] += 1
+        ids[id] += bool(id)
+        images += count
+        if bad:
+            problems.append(Problem(index, name, bad))
         if progress:
             progress(index + 1, len(source))
     duplicates = {id: count for id, count in ids.items() if count > 1}
-    return Report(len(source), images, dict(sources), problems, duplicates)
+    return Report(source.path, len(source), images, dict(sources), problems, duplicates)
+
+
+def check_run(run: Run, stages: Sequence[Stage], progress: Progress | None = None) -> list[tuple[str, Report]]:
+    """(name of the stage, report) of every source of some stages, as they are trained.
+
+    A source that two stages read alike is examined once. Raises ValueError as training does before its first step.
+    """
+    known: list[tuple[tuple[Source, Data], Report]] = []
+    found = []
+    for stage in stages:
+        spec, sources = sample_spec(run, stage), weighted_sources(stage)
+        normalized(sources)
+        for config, (source, _) in zip(stage.sources, sources):
+            key = dataclasses.replace(config, weight=1.0), run.data_of(stage)
+            report = next((report for other, report in known if other == key), None) or check(source, spec, progress)
+            known.append((key, report))
+            found.append((stage.name, report))
+    return found
+
+
+def write_usable(source: LlavaSource, report: Report, path: str | Path) -> None:
+    """Writes the usable records of a JSON or JSONL source as JSONL. Raises FileExistsError."""
+    partial = Path(f"{path}.partial")
+    if Path(path).exists():
+        raise FileExistsError(f"{path} exists; remove it or choose another name")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "w", encoding="utf-8") as file:
+        for index in report.usable():
+            file.write(json.dumps(source[index].data, ensure_ascii=False) + "\n")
+    partial.replace(path)
 
 
 def stats(source: RecordSource, spec: SampleSpec, limit: int = MEASURED, progress: Progress | None = None) -> Stats:
@@ -93,11 +201,15 @@ def show_report(report: Report) -> str:
     """What `check` found as text: totals, then counts by the field `source`, by problem, and of duplicate ids."""
     lines = [f"{report.records} records, {report.images} pictures, {report.bad} records unusable"]
     for source, count in sorted(report.sources.items(), key=lambda item: -item[1]):
-        lines.append(f"{count:>9} {source or '(no source named)'}")
-    for kind, samples in report.problems.items():
-        lines.append(f"{len(samples):>9} {kind}; the first: {samples[0]}")
+        bad = sum(problem.source == source for problem in report.problems)
+        lines.append(
+            f"{count:>9} {shown(source) or '(no source named)'}" + (f", {bad} of them unusable" if bad else "")
+        )
+    for kind, count in report.kinds.items():
+        first = next(problem.bad for problem in report.problems if problem.bad.kind == kind)
+        lines.append(f"{count:>9} {kind}; the first: {first}")
     if report.duplicates:
-        first = next(iter(report.duplicates))
+        first = shown(next(iter(report.duplicates)))
         lines.append(f"{len(report.duplicates):>9} ids occur more than once; the first: {first}")
     return "\n".join(lines)
 

@@ -100,13 +100,18 @@ def unpacked(content: memoryview, path: str) -> Record:
 
 
 def convert(
-    source: RecordSource, out_dir: str, shards: int, progress: Callable[[int, int], None] | None = None
+    source: RecordSource,
+    out_dir: str,
+    shards: int,
+    progress: Callable[[int, int], None] | None = None,
+    examine: Callable[[Record, int], Any] | None = None,
 ) -> list[BadSample]:
     """Writes a source as ArrayRecord files part-00000-of-00004.array_record, in the order of its records.
 
     The folder is written under another name and renamed at the end, so it is either complete or absent. progress(done,
-    total) is called after each record. Returns the records that were left out because one of their files could not be
-    read. Raises ValueError if `out_dir` is a folder that is not empty, or if there are fewer records than shards.
+    total) is called after each record. Returns the records that were left out: one of their files could not be read, or
+    examine(record, index) raised BadSample. If these are all, nothing is written. Raises ValueError if `out_dir` is a
+    folder that is not empty, or if there are fewer records than shards.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -124,13 +129,19 @@ def convert(
         writer = ArrayRecordWriter(str(file), "group_size:1")
         for index in range(ends[shard - 1] if shard else 0, end):
             try:
-                writer.write(packed(source[index]))
+                record = source[index]
+                if examine:
+                    examine(record, index)
+                writer.write(packed(record))
             except BadSample as error:
                 bad.append(error)
             if progress:
                 progress(index + 1, len(source))
         writer.close()
-    partial.replace(target)
+    if len(bad) < len(source):
+        partial.replace(target)
+    else:
+        shutil.rmtree(partial)
     return bad
 
 
