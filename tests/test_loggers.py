@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxmllm.config import ConfigError, Run, Stage
@@ -179,7 +180,7 @@ def test_parameters_without_gradient_are_named_once(tiny, tmp_path, capsys):
     tx = note_gradients()
     _, reached = tx.update({k: v * (k == "p0") for k, v in params.items()}, tx.init(params))
     state = TrainState(jnp.zeros((), jnp.int32), params, {}, (reached,))
-    info = {"tokens": 1, "images": 1}
+    info = {"sample_ids": np.zeros(1, np.int32), "tokens": 1, "images": 1}
     said = []
     for step in range(1, 17):
         one.count(info | {"images": int(step > 2)}, 0.0)

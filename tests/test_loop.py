@@ -37,7 +37,11 @@ class Batches:
 
     def __next__(self):
         self.place += 1
-        return np.random.default_rng(self.place).normal(size=(self.rows, WIDTH)), {"tokens": 8, "images": 2}
+        return np.random.default_rng(self.place).normal(size=(self.rows, WIDTH)), {
+            "sample_ids": np.arange(2),
+            "tokens": 8,
+            "images": 2,
+        }
 
     def get_state(self):
         return {"0": {"place": self.place}}

@@ -1,9 +1,7 @@
-"""What a run reports: a progress line, and rows of metrics for the loggers of the config (train/loggers.py)."""
+"""What a run reports: its progress, and rows of metrics for the loggers of the config (train/loggers.py)."""
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from typing import Any
 
@@ -14,6 +12,7 @@ from jaxmllm.train.cache import from_cache
 from jaxmllm.train.checkpoint import StageCheckpoints
 from jaxmllm.train.finite import check_metrics
 from jaxmllm.train.optim import rate, unreached
+from jaxmllm.train.progress import Progress
 from jaxmllm.train.state import TrainState
 
 STARTED = time.perf_counter()  # about when the process started
@@ -24,25 +23,26 @@ class Reporter:
     """Reports the steps of one stage, from `step` on. Only process 0 writes. parts: the rows of a batch are read in
     that many parts, one of them by this process.
 
-    The line of a step: losses, milliseconds per step, tokens and images per second (of the whole run), share of the
-    time spent waiting for data, time left.
+    Speed: milliseconds per step; samples, tokens and images per second, of the whole run; the share of the time spent
+    waiting for data.
     """
 
     def __init__(self, run: Run, stage: Stage, workdir: str, step: int, parts: int):
         self.run, self.stage, self.parts = run, stage, parts
         self.rate = rate(stage.optim, stage.steps)
         self.active = jax.process_index() == 0
-        self.terminal = sys.stderr.isatty()
+        self.progress = Progress(stage.name, stage.steps, step, self.active)
         self.last = step  # the last step that was written
         self.with_images = 0  # steps in which this process had pictures
         self.searched = False
         self.window_start = time.perf_counter()
-        self.window = dict.fromkeys(("steps", "tokens", "images", "wait"), 0.0)
+        self.window = dict.fromkeys(("steps", "samples", "tokens", "images", "wait"), 0.0)
         self.loggers = [each.open(workdir, run, stage, step) for each in run.loggers] if self.active else []
 
     def first_step(self) -> None:
         """To be called when the first step is dispatched: all is compiled, and speed is measured from here on."""
         self.window_start = time.perf_counter()
+        self.progress.first_step()
         cached = from_cache()
         self.say(f"first step after {self.window_start - STARTED:.1f} s" + f" ({cached})" * bool(cached))
 
@@ -50,6 +50,7 @@ class Reporter:
         """Counts a dispatched step: what the loader says about this process's rows, and the seconds waited for them."""
         counted = {
             "steps": 1,
+            "samples": self.parts * int((info["sample_ids"] >= 0).sum()),
             "tokens": self.parts * info["tokens"],
             "images": self.parts * info["images"],
             "wait": wait,
@@ -57,6 +58,7 @@ class Reporter:
         self.with_images += info["images"] > 0
         for key, value in counted.items():
             self.window[key] += value
+        self.progress.step()
 
     def is_due(self, step: int) -> bool:
         """Whether the metrics of a step are still to be written. It depends on nothing but the config and the step."""
@@ -89,36 +91,24 @@ class Reporter:
             "images_per_s": self.window["images"] / seconds,
             "data_wait": self.window["wait"] / seconds,
         }
+        samples_per_s = self.window["samples"] / seconds
         self.last = step
         self.window_start, self.window = now, dict.fromkeys(self.window, 0.0)
         self.log({**metrics, **speed}, step)
-        left = (self.stage.steps - step) * speed["step_ms"] / 1e3
-        bar = "#" * round(20 * step / self.stage.steps)
-        parts = [f"{k} {metrics[k]:.3f}" for k in metrics if k not in ("grad_norm", "learning_rate")]
-        self.say(
-            f"{self.stage.name} [{bar:<20}] {step}/{self.stage.steps}  {' '.join(parts)}  "
-            f"{speed['step_ms']:.0f} ms/step  {speed['tokens_per_s']:.0f} tok/s  {speed['images_per_s']:.0f} img/s  "
-            f"wait {speed['data_wait']:.0%}  eta {int(left) // 60}:{int(left) % 60:02d}",
-            replace=True,
-        )
+        self.progress.show(step, metrics, {**speed, "samples_per_s": samples_per_s})
 
     def log(self, row: dict[str, float | None], step: int, task: str | None = None) -> None:
         """Gives all loggers a row: metrics of a training step, or the result of a task."""
         for logger in self.loggers:
             logger.write(row, step, task)
 
-    def say(self, line: str, replace: bool = False) -> None:
-        """Prints a line to stderr; with `replace`, on a terminal, the next line overwrites it."""
-        if self.active:
-            end = "\r" if replace and self.terminal else "\n"
-            if self.terminal and replace:
-                line = line[: shutil.get_terminal_size().columns - 1]
-            print("\x1b[2K" * self.terminal + line, end=end, file=sys.stderr, flush=True)
+    def say(self, line: str) -> None:
+        """Prints a line to stderr, from the first process only."""
+        self.progress.say(line)
 
     def close(self) -> None:
-        """Ends the progress line and closes the loggers."""
-        if self.active and self.terminal:
-            print(file=sys.stderr)
+        """Ends the progress and closes the loggers."""
+        self.progress.close()
         for logger in self.loggers:
             logger.close()
 
