@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+MOST_NAMES = 10_000  # of a folder, among which a near one is looked for
 
 
 class ConfigError(ValueError):
@@ -18,6 +23,20 @@ def suggest(name: str, known: Iterable[Any]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def suggest_path(path: str | os.PathLike[str]) -> str:
+    """ "; did you mean ..?" with the file or folder whose name is nearest to the first name in `path` that is not
+    there; "" if none is near."""
+    missing, rest = Path(path), Path()
+    while not missing.parent.exists():
+        missing, rest = missing.parent, missing.name / rest
+    names = itertools.islice(os.scandir(missing.parent) if missing.parent.is_dir() else (), MOST_NAMES)
+    close = difflib.get_close_matches(missing.name, [entry.name for entry in names], 1, 0.6)
+    if not close or missing.exists():
+        return ""
+    found = missing.with_name(close[0])
+    return f"; did you mean {str(found / rest if (found / rest).exists() else found)!r}?"
 
 
 def shown(text: Any, limit: int = 200) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxmllm.config import Run
-from jaxmllm.errors import ConfigError, suggest
+from jaxmllm.errors import ConfigError, suggest, suggest_path
 
 # The format of config.json, and the version of jaxmllm that reads each. It changes when older workdirs cannot be read.
 FORMAT = 2
@@ -44,7 +44,8 @@ def load(target: str) -> Run:
 def namespace(path: str) -> dict[str, Any]:
     """What a config file defines. Raises ConfigError if there is no such file."""
     if not Path(path).is_file():
-        raise ConfigError(f"no config file {path!r}{suggest(path, [str(p) for p in Path('configs').glob('*.py')])}")
+        near = suggest_path(path) or suggest(path, [str(p) for p in Path("configs").glob("*.py")])
+        raise ConfigError(f"no config file {path!r}{near}")
     return runpy.run_path(path)
 
 
@@ -180,9 +181,8 @@ def read_run(workdir: str, config: str | None = None) -> Run:
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
-        raise ConfigError(
-            f"{workdir} holds no run (no config.json); train one with `jaxmllm train CONFIG --workdir {workdir}`"
-        )
+        command = f"train one with `jaxmllm train CONFIG --workdir {workdir}`"
+        raise ConfigError(f"{workdir} holds no run (no config.json){suggest_path(workdir)}; {command}")
     trusted = namespace(config.partition(":")[0]) if config else None
     return from_document(json.loads(path.read_text()), str(path), trusted)
 

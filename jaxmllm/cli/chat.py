@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from jaxmllm.cli import common
+from jaxmllm.errors import suggest_path
 
 
 def add(commands) -> None:
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.eval.restore import restore_answerer
 
     if args.image and not Path(args.image).is_file():
-        raise FileNotFoundError(f"no picture {args.image!r}")
+        raise FileNotFoundError(f"no picture {args.image!r}{suggest_path(args.image)}")
     conversation = Conversation(
         restore_answerer(args.workdir, overrides=args.overrides, config=args.config), args.image
     )

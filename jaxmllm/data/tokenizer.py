@@ -14,6 +14,8 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from jaxmllm.errors import suggest_path
+
 SPECIAL = ("<pad>", "<unk>", "<image>", "<user>", "<assistant>", "<end>")
 
 
@@ -56,7 +58,8 @@ def load_tokenizer(path: str) -> Tokenizer:
 
         backend = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
     else:
-        raise ValueError(f"no tokenizer at {path}: it must be a folder with tokenizer.json or tokenizer_config.json")
+        need = "it must be a folder with tokenizer.json or tokenizer_config.json"
+        raise ValueError(f"no tokenizer at {path}{suggest_path(path)}: {need}")
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(str(path), backend)

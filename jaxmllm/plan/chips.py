@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jaxmllm.errors import suggest
+
 GIB = 2**30
 
 
@@ -85,7 +87,7 @@ def topology(text: str, slices: int = 1) -> Topology:
     """ "v5p:4x4x4" -> Topology. Raises ValueError for an unknown chip or a wrong shape."""
     name, _, shape = text.partition(":")
     if name not in CHIPS:
-        raise ValueError(f"--topology {text}: no chip {name!r}; known: {', '.join(CHIPS)}")
+        raise ValueError(f"--topology {text}: no chip {name!r}{suggest(name, CHIPS)}")
     sizes = shape.split("x")
     if not all(size.isdigit() and int(size) for size in sizes) or len(sizes) != CHIPS[name].torus_dims:
         example = "x".join(["4"] * CHIPS[name].torus_dims)

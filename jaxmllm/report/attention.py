@@ -63,7 +63,7 @@ def card(row: Row, reply: str, seen: Attention) -> Card:
     """One answer: picture and attention, question, reply, and the right answer if that is another."""
     right = is_right(row, reply)
     lines = [(row["question"], ""), (reply or "(nothing)", "right" if right else "wrong")]
-    lines += [] if right else [(f"right: {answer_text(row)}", "quiet")]
+    lines += [] if right else [(f"truth: {answer_text(row)}", "quiet")]
     lines.append((f"{seen.share:.0%} of the attention to the picture", "quiet"))
     alt = f"Attention of the answer {reply!r} over its picture"
     return Card(Picture(png(overlay(seen.picture, seen.cells)), alt), lines)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmllm.config import part_of
+from jaxmllm.errors import suggest
 from jaxmllm.weights.load import Abstract
 from jaxmllm.weights.sources import Part, open_source
 
@@ -102,7 +103,7 @@ def open_parts(
     """Opens each source once -> the parts that have one. Appends what is wrong to `problems`."""
     for name in sources:
         if name not in own and name != REST:
-            problems.append(f"{name}: the model has no such part with parameters; parts: {', '.join(own)}")
+            problems.append(f"{name}: the model has no such part with parameters{suggest(name, own)}")
     opened = {}
     for text in dict.fromkeys(sources.values()):
         if text != RANDOM:

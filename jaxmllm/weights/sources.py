@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmllm.errors import suggest_path
 from jaxmllm.weights import families
 from jaxmllm.weights.convert import KeyMap, misfits
 from jaxmllm.weights.exported import KEY_MAP, ExportedPart, ExportedSource
@@ -114,7 +115,8 @@ def open_source(text: str) -> FolderSource | ExportedSource | WorkdirSource:
     if text.startswith("hf:"):
         return FolderSource(*download(text))
     if not Path(text).is_dir():
-        raise ValueError(f"{text} is no folder; a source is FOLDER, hf:org/name@revision, run:WORKDIR or random")
+        kinds = "a source is FOLDER, hf:org/name@revision, run:WORKDIR or random"
+        raise ValueError(f"{text} is no folder{suggest_path(text)}; {kinds}")
     kind = ExportedSource if (Path(text) / KEY_MAP).is_file() else FolderSource
     return kind(text, Path(text))
 

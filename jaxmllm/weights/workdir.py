@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxmllm.config import part_of
+from jaxmllm.errors import suggest, suggest_path
 from jaxmllm.recipes import check_format
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.weights.hf_config import read_json
@@ -98,13 +99,13 @@ def open_workdir(text: str) -> WorkdirSource:
     path = Path(text.removeprefix("run:"))
     roots = [root for root in (path, path.parent, path.parent.parent) if (root / "config.json").is_file()]
     if not roots:
-        raise ValueError(f"{text}: {path} is no workdir, for it has no config.json")
+        raise ValueError(f"{text}: {path} is no workdir, for it has no config.json{suggest_path(path)}")
     workdir, given = roots[0], path.relative_to(roots[0]).parts
     document = read_json(workdir / "config.json")
     check_format(document, f"{workdir}/config.json")
     stages = [stage["name"] for stage in document["stages"]]
     if given and given[0] not in stages:
-        raise ValueError(f"{text}: there is no stage {given[0]!r}; stages: {', '.join(stages)}")
+        raise ValueError(f"{text}: there is no stage {given[0]!r}{suggest(given[0], stages)}")
     by_stage = dict(zip(stages, open_checkpoints(str(workdir), stages)))
     for stage in given[:1] or reversed(stages):
         checkpoints = by_stage[stage]

@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxmllm import json_text
 from jaxmllm.data.sources.record import MAPS, BadSample, Blob, Record, RecordSource
-from jaxmllm.errors import shown
+from jaxmllm.errors import shown, suggest_path
 
 ENDS = 1 << 16  # bytes of the head and of the tail of a shard that its fingerprint covers
 
@@ -34,7 +34,7 @@ class ArrayRecordSource:
         is_folder = os.path.isdir(self.path)
         self.files = sorted(glob.glob(glob.escape(self.path) + "/*.array_record*" if is_folder else self.path))
         if not self.files:
-            raise ValueError(f"no ArrayRecord shards at {self.path}")
+            raise ValueError(f"no ArrayRecord shards at {self.path}{suggest_path(self.path)}")
         named = re.search(r"-of-(\d+)", self.files[0])
         if named and int(named[1]) != len(self.files):
             raise ValueError(f"{self.path} has {len(self.files)} shards, but their names say {int(named[1])}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxmllm.data.sources.json_bounds import parse, scan
 from jaxmllm.data.sources.record import MAPS, NO_IMAGE, BadSample, Blob, Record, path_in, read_file
+from jaxmllm.errors import suggest_path
 
 MAX_IMAGES = 1024  # of a record
 
@@ -25,7 +26,7 @@ class LlavaSource:
     def __init__(self, path: str, image_root: str | None = None, outside_root: bool = False):
         self.path = str(path)
         if not os.path.isfile(self.path):
-            raise ValueError(f"no data file {self.path}")
+            raise ValueError(f"no data file {self.path}{suggest_path(self.path)}")
         self.root = str(image_root) if image_root else os.path.dirname(self.path)
         self.outside_root = outside_root
         self.bounds, self.fingerprint = scan(self.content, self.path)

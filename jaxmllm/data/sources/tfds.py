@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmllm import json_text
 from jaxmllm.data.sources.record import BadSample, Blob, Record
-from jaxmllm.errors import shown
+from jaxmllm.errors import shown, suggest
 
 FEATURES = "tensorflow_datasets.core.features."
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # those of features.json that name a class
@@ -31,7 +31,7 @@ class TfdsSource:
         check_features(os.path.join(folder, "features.json"))
         splits, features = self.builder.info.splits, set(self.builder.info.features)
         if split not in splits:
-            raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+            raise ValueError(f"{folder} has no split {split!r}{suggest(split, splits)}")
         if not features & {"conversations", "question"}:
             raise ValueError(f"{folder} has neither `conversations` nor `question`, but {', '.join(features)}")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxmllm.config import Run, Stage
+from jaxmllm.errors import suggest_path
 from jaxmllm.eval.answer import Answerer, Question, refuse, summary
 from jaxmllm.processes import say
 from jaxmllm.train.state import Params
@@ -146,7 +147,7 @@ def read_rows(path: str, complain: Callable[[dict[str, Any]], str | None]) -> li
     ValueError for a file that is missing or empty.
     """
     if not Path(path).is_file():
-        raise ValueError(f"no file of rows {path!r}")
+        raise ValueError(f"no file of rows {path!r}{suggest_path(path)}")
     rows = []
     for number, line in enumerate(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
