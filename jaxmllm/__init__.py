@@ -6,7 +6,8 @@
     batch.py     structs that the parts exchange   errors.py    what is wrong with a request
     mllm.py      the whole model on one page   mesh.py          mesh axes and sharding rules
     sharded.py   operations on split arrays    host_batches.py  numpy batches -> arrays on all devices
-    processes.py joins processes, sets malloc  bench.py         times real steps
+    processes.py joins processes, sets malloc  watched.py       what a crashed process was doing
+    bench.py     times real steps
     json_text.py JSON of others, bounded       json_lines.py    JSON Lines that survive a crash
     data/        disk -> Batch                 encoders/        picture -> taps
     fusers/      taps -> one map               aggregators/     maps -> visual tokens

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+from jaxmllm.watched import leave
+
 
 def keep_freed_memory() -> None:
     """Tells glibc not to give freed memory back to the system.
@@ -48,7 +50,7 @@ def start_processes(timeout: float = 1800) -> None:
 
     def give_up():
         say(f"{place}: some are still missing after {timeout:g} s; {who_is_missing(address)}")
-        os._exit(1)
+        leave(1)
 
     # JAX's own time-out comes a little later, as an abort with a stack trace.
     timer = threading.Timer(timeout, give_up)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxmllm.train.events import records
 from tests.conftest import ROOT, jaxmllm, settings
 
 
@@ -72,6 +74,67 @@ def test_kill_and_resume_is_bit_equal(scenes, tmp_path):
     rows = [[json.loads(line) for line in open(d / "metrics.jsonl")] for d in (tmp_path / "uninterrupted", killed)]
     losses = [{(r["stage"], r["step"]): r["loss"] for r in part} for part in rows]
     assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+KILLS = 20
+
+
+@pytest.mark.long
+def test_many_kills_at_random_moments_are_bit_equal(scenes, tmp_path):
+    """Every other kill comes while a checkpoint is being written."""
+    steps = {"stages.align.steps": 120, "stages.instruct.steps": 120, "save_every": 3}
+    args = settings(scenes, **steps)
+    jaxmllm("train", *args, "--workdir", tmp_path / "unbroken")
+    killed, chance, in_saves = tmp_path / "killed", random.Random(0), 0
+    for number in range(KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxmllm", "train", *args, "--workdir", str(killed)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if number % 5 == 4:  # in start-up
+            time.sleep(chance.uniform(0, 5))
+        else:
+            assert any(line.startswith("first step") for line in process.stderr), process.wait()
+            time.sleep(chance.uniform(0, 0.4))
+        deadline = time.monotonic() + 60
+        while number % 2 and not saving(killed) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, f"kill {number} came after the end"
+        process.stderr.close()
+        in_saves += bool(saving(killed))
+    assert in_saves >= KILLS // 4
+    jaxmllm("train", *args, "--workdir", killed)
+    for stage in ("align", "instruct"):
+        one, other = newest_state(tmp_path / "unbroken", stage), newest_state(killed, stage)
+        assert one[0] == other[0] == 120 and one[2] == other[2]
+        assert_equal(one[1], other[1])
+    assert rows(killed) == rows(tmp_path / "unbroken") and len(rows(killed)) == 240
+    for stage in ("align", "instruct"):
+        assert losses_on_the_board(killed / "tensorboard" / stage) == [
+            (row["step"], pytest.approx(row["loss"])) for row in rows(killed) if row["stage"] == stage
+        ]
+
+
+def saving(workdir) -> list:
+    """The unfinished checkpoints in a workdir."""
+    return list(workdir.glob("*/checkpoints/*tmp*"))
+
+
+def rows(workdir) -> list[dict]:
+    """The rows of metrics without their times."""
+    times = ("step_ms", "tokens_per_s", "images_per_s", "data_wait")
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in times} for row in lines]
+
+
+def losses_on_the_board(folder) -> list[tuple[int, float]]:
+    """(step, loss) of the events in a folder of TensorBoard, in order."""
+    found = [event for path in folder.iterdir() for _, event in records(path.read_bytes())]
+    return sorted((e.step, v.simple_value) for e in found for v in e.summary.value if v.tag == "loss")
 
 
 def test_training_again_after_the_last_step_does_nothing(scenes, tmp_path):

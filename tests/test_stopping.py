@@ -29,7 +29,7 @@ except stop.Stopped:
 HELD = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)'  # minutes in C, which no signal interrupts
 
 
-def start(*command) -> subprocess.Popen:
+def start(*command, seconds: float = 120) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -38,13 +38,13 @@ def start(*command) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-    limit(process)
+    limit(process, seconds)
     return process
 
 
-def limit(process: subprocess.Popen) -> None:
+def limit(process: subprocess.Popen, seconds: float = 120) -> None:
     """Kills a process that a signal has not ended, so that the test fails and does not wait."""
-    timer = threading.Timer(120, process.kill)
+    timer = threading.Timer(seconds, process.kill)
     timer.daemon = True
     timer.start()
 
@@ -188,12 +188,14 @@ def test_a_real_run(scenes, tmp_path, phase):
     recipe, workdir = tmp_path / "recipe.py", tmp_path / "run"
     recipe.write_text(RECIPE)
     source = {"stages.align.evals.0.task.source.path": scenes / "align.jsonl"}
-    process = start("-m", "jaxmllm", "train", *settings(scenes, str(recipe), **source), "--workdir", workdir)
+    process = start(
+        "-m", "jaxmllm", "train", *settings(scenes, str(recipe), **source), "--workdir", workdir, seconds=900
+    )
     if phase == "imports":
         time.sleep(1.5)
     else:
         while MARKS[phase] not in (line := process.stderr.readline()):
-            assert line
+            assert line, process.wait()
         time.sleep(0.3)
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -210,7 +212,9 @@ def test_a_real_run(scenes, tmp_path, phase):
     if phase == "evaluation":
         evaluated = lambda: [r["step"] for r in map(json.loads, open(workdir / "metrics.jsonl")) if "eval" in r]
         assert not evaluated()
-        process = start("-m", "jaxmllm", "train", *settings(scenes, str(recipe), **source), "--workdir", workdir)
+        process = start(
+            "-m", "jaxmllm", "train", *settings(scenes, str(recipe), **source), "--workdir", workdir, seconds=900
+        )
         while " 3/4000" not in (line := process.stderr.readline()):
             assert line
         process.send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import dataclasses
 
 from jaxmllm.cli import common
 from jaxmllm.train.stop import Stopped, StopSignal
+from jaxmllm.watched import watch
 
 
 def add(commands) -> None:
@@ -24,8 +25,11 @@ def add(commands) -> None:
     common.add_distributed(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Trains a config; resumes if the workdir has a checkpoint. A signal stops it."""
+def run(args: argparse.Namespace) -> int | None:
+    """Trains a config, in a child process; resumes if the workdir has a checkpoint. A signal stops it."""
+    code = watch()
+    if code is not None:
+        return code
     stop = StopSignal()
     try:
         with stop:

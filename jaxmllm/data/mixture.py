@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 
+from jaxmllm import watched
 from jaxmllm.data.ledger import Ledger, TooManyBadSamples
 from jaxmllm.data.samples import Sample, SampleSpec, make_sample
 from jaxmllm.data.sources.record import BadSample, RecordSource
@@ -67,16 +68,19 @@ class SampleMaker:
     def __call__(self, source: int, place: int) -> Sample | BadSample:
         """The sample, or what is wrong with it. Raises RuntimeError, naming the record, if making it fails."""
         path, index = self.record(source, place)
-        files = ""
+        what = f"record {index} of {path}"
         try:
+            watched.note(what)
             record = self.sources[source][index]
-            files = "".join(f", {blob.path}" for blob in (*record.images, *record.maps.values()))
+            what += "".join(f", {blob.path}" for blob in (*record.images, *record.maps.values()))
+            watched.note(what)
             return make_sample(record, self.first_ids[source] + index, self.spec)
         except BadSample as bad:
             return bad
-        except Exception as error:
-            what = f"making a sample of record {index} of {path}{files} failed"
-            raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:  # the latter would end the run without a word
+            raise RuntimeError(f"making a sample of {what} failed: {type(error).__name__}: {error}") from error
+        finally:
+            watched.note("")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 
+from jaxmllm.watched import leave
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ONE = 0.1  # seconds within which signals count as one: `timeout` and some schedulers send each twice
+ONE = 0.2  # seconds within which signals count as one: `timeout` and some schedulers send each twice
 GRACE = 10.0  # seconds that the main thread has to end the process where nothing can be lost
 
 
@@ -110,7 +112,7 @@ class StopSignal:
         while True:
             now = time.monotonic()
             if self.deadline and now > self.deadline:
-                os._exit(0)
+                leave(0)
             if first and now - first > ONE and not answered:
                 answered = True
                 self._answer()
@@ -125,7 +127,7 @@ class StopSignal:
                     self._first()
                 elif time.monotonic() - first > ONE:
                     say(f"{signal.Signals(number).name} again: ended at once; the checkpoints stay")
-                    os._exit(128 + number)
+                    leave(128 + number)
 
     def _first(self) -> None:
         """What follows from the first signal in any case."""
