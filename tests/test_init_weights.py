@@ -109,7 +109,7 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_read(tmp_path, monkeypa
         }
     )  # fmt: skip
     lines = message.splitlines()
-    assert lines[0].startswith("encoders.b: the model has no such part with parameters; parts: aggregator, encoders.a")
+    assert lines[0].startswith("encoders.b: the model has no such part with parameters; did you mean 'encoders.a'?")
     assert lines[1].startswith(f"{tmp_path}/none is no folder; a source is FOLDER, hf:")
     assert lines[2] == "aggregator: 2 weights do not fit:"
     assert lines[3].startswith(f"  + {new}: in the file, but")
@@ -203,7 +203,7 @@ def test_a_stage_and_a_step(place, more, workdir):
 @pytest.mark.parametrize(
     "place, says",
     [
-        ("/none", "there is no stage 'none'; stages: align, instruct, later"),
+        ("/none", "there is no stage 'none'; known: align, instruct, later"),
         ("/later", "there is no checkpoint yet"),
         ("/instruct/2", "stage instruct has no step 2; steps: 1, 3"),
         ("/a/b/c", "is no workdir, for it has no config.json"),

@@ -239,9 +239,12 @@ def test_a_row_of_one_sample_each_is_filled_less(scenes, capsys):
 # Attention
 
 
-def test_weights_are_a_plain_softmax_over_what_a_query_sees():
+@pytest.mark.parametrize("window, cap", [(7, None), (2, 0.5)])
+def test_weights_are_a_plain_softmax_over_what_a_query_sees(window, cap):
     """Of a decoder's first layer, computed once more from its parameters in numpy."""
-    model = Decoder(vocab=20, width=16, layers=2, heads=4, kv_heads=2, mlp=16, remat="none")
+    model = Decoder(
+        vocab=20, width=16, layers=2, heads=4, kv_heads=2, mlp=16, remat="none", window=window, attention_cap=cap
+    )
     tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 20)
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6]])
@@ -255,7 +258,7 @@ def test_weights_are_a_plain_softmax_over_what_a_query_sees():
     (with_q, _, kept, _) = apply(cache)
     del cache["q"]
     np.testing.assert_allclose(with_q, apply(cache)[0], atol=1e-6)
-    found = np.asarray(attention_weights(kept["q"][0], kept["k"][0], segments))
+    found = np.asarray(attention_weights(kept["q"][0], kept["k"][0], segments, window, cap))
 
     block = jax.tree.map(lambda x: np.asarray(x, np.float64)[0], params["params"]["blocks"]["layers"]["block"])
     x = np.asarray(params["params"]["embedding"]["embedding"], np.float64)[tokens]
@@ -270,10 +273,11 @@ def test_weights_are_a_plain_softmax_over_what_a_query_sees():
 
     q, k = turn(q), turn(k)
     for b, s, h, g in np.ndindex(2, 7, 2, 2):
-        sees = [t for t in range(s + 1) if segments[b, t] == segments[b, s] > 0]
+        sees = [t for t in range(max(0, s - window + 1), s + 1) if segments[b, t] == segments[b, s] > 0]
         expected = np.zeros(7)
         if sees:
-            e = np.exp([q[b, s, h, g] @ k[b, t, h] / 2 for t in sees])
+            scores = np.array([q[b, s, h, g] @ k[b, t, h] / 2 for t in sees])
+            e = np.exp(cap * np.tanh(scores / cap) if cap else scores)
             expected[sees] = e / e.sum()
         np.testing.assert_allclose(found[b, h, g, s], expected, atol=1e-5)
 

@@ -113,7 +113,7 @@ def test_tfds_folders_need_no_tensorflow(tmp_path, kind):
     assert same == source.fingerprint and source.path == f"{builder.data_path}:train"
     noted.write_text(text.replace('"numBytes": "', '"numBytes": "1'))
     assert open_source(f"{builder.data_path}:train").fingerprint != same
-    with pytest.raises(ValueError, match="has no split 'val'; it has train"):
+    with pytest.raises(ValueError, match="has no split 'val'; known: train"):
         open_source(f"{builder.data_path}:val")
 
 

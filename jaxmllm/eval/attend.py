@@ -19,6 +19,7 @@ from jaxmllm.data.templates import IMAGE
 from jaxmllm.eval.answer import LENGTH_STEP, Answerer, Question
 from jaxmllm.eval.generate import shard_cache
 from jaxmllm.nn.attention.plain import MASKED
+from jaxmllm.nn.primitives import soft_cap
 from jaxmllm.train.state import unflatten
 
 
@@ -90,26 +91,32 @@ def make_watch(model) -> Callable:
         asks = (batch.labels >= 0).astype(jnp.float32)
         asks = asks / asks.sum(1, keepdims=True)
 
-        def layer(own):
-            weights = attention_weights(own["q"], own["k"], own["segments"])
+        llm = model.llm
+        seen = [llm.window if llm.window and windowed else s for windowed in llm.layer_kinds("windowed")]
+
+        def layer(each):
+            own, window = each
+            weights = attention_weights(own["q"], own["k"], own["segments"], window, llm.attention_cap)
             return jnp.einsum("bkgst,bs->bt", weights, asks) / (weights.shape[1] * weights.shape[2])
 
-        return sharded.shard(jax.lax.map(layer, cache), None, None, None).swapaxes(0, 1)
+        return sharded.shard(jax.lax.map(layer, (cache, jnp.array(seen))), None, None, None).swapaxes(0, 1)
 
     return watch
 
 
-def attention_weights(q: jax.Array, k: jax.Array, segments: jax.Array) -> jax.Array:
+def attention_weights(
+    q: jax.Array, k: jax.Array, segments: jax.Array, window: jax.Array | int, cap: float | None = None
+) -> jax.Array:
     """The weights of causal attention: q [B, S, K, G, D], k [B, S, K, D], segments int32[B, S] -> [B, K, G, S, S].
 
-    They are float32. Those of a query sum to 1 over the keys that it sees (nn/attention/choose.py), or are all 0 for
-    padding.
+    window, cap: as in nn/attention/choose.py; a window of S hides nothing. The weights are float32; those of a query sum
+    to 1 over the keys that it sees, or are all 0 for padding.
     """
     scores = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    at = jnp.arange(q.shape[1])
-    seen = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :] & (at[:, None] >= at)
-    seen = seen[:, None, None]
-    return jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1), 0)
+    before = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])  # how far a key stands before a query
+    seen = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
+    seen = (seen & (before >= 0) & (before < window))[:, None, None]
+    return jnp.where(seen, jax.nn.softmax(jnp.where(seen, soft_cap(scores, cap), MASKED), axis=-1), 0)
 
 
 def cells_of(weights: np.ndarray, places: np.ndarray, tokens: TokenLayout) -> np.ndarray:
