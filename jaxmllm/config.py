@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxmllm.errors import ConfigError, check_local, suggest
+from jaxmllm.fields import has, problem
 from jaxmllm.mesh import Mesh
 from jaxmllm.train.loggers import JsonLines, TensorBoard
 
@@ -42,14 +43,14 @@ class Data:
     """How records become rows. A stage may replace any of these fields (Stage.data)."""
 
     tokenizer: str  # Hugging Face tokenizer folder
-    template: Any  # data.templates.ChatTemplate
+    template: Any = dataclasses.field(metadata=has("pieces"))  # data.templates.ChatTemplate
     seq_len: int  # S, tokens of a row
     image_slots: int  # I, images of a row
-    targets: Any = None  # data.targets: where the objectives' targets come from
+    targets: Any = dataclasses.field(default=None, metadata=has("spec"))  # data.targets: where targets come from
     shards: int | None = None  # virtual shards; None: the largest power of two up to 256 that divides a stage's rows
     packing: bool = True
     max_bad: int = 1000  # stop when more samples than this are unusable
-    tiling: Any = None  # data.tiling.Tiling: pictures are also shown in tiles
+    tiling: Any = dataclasses.field(default=None, metadata=has("choose"))  # data.tiling.Tiling: show tiles too
     fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size: faster, but pixels differ slightly
 
     def __post_init__(self):
@@ -123,7 +124,7 @@ class Stage:
     epochs: float | None = None  # one epoch: as many trained samples as the sources have records together
     rules: tuple[Rule, ...]
     losses: dict[str, float]  # objective, or auxiliary loss of the blocks -> weight; others are not computed
-    optim: Any  # train.optimizers: AdamW, ..
+    optim: Any = dataclasses.field(metadata=has("direction"))  # train.optimizers: AdamW, ..
     accumulate: int = 1  # micro-batches per step
     ema: float | None = None  # decay per step of a moving average of the trained parameters, which evaluation then uses
     data: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=OPEN)  # fields of Run.data that differ
@@ -132,6 +133,10 @@ class Stage:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(f"stage {self.name}: give either steps or epochs, and None for the other")
+        for name in ("rows", "accumulate", "steps", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"stages.{self.name}: {name} is {value}, but must be positive")
         if self.rows % self.accumulate:
             raise ConfigError(f"stages.{self.name}: rows {self.rows} do not divide by accumulate {self.accumulate}")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -161,7 +166,9 @@ class Run:
     log_every: int = 20  # steps
     save_every: int = 500  # steps
     keep: int = 2  # checkpoints per stage
-    loggers: tuple[Any, ...] = (JsonLines(), TensorBoard())  # train.loggers: where metrics are written
+    loggers: tuple[Any, ...] = dataclasses.field(  # train.loggers: where metrics are written
+        default=(JsonLines(), TensorBoard()), metadata=has("open")
+    )
 
     def __post_init__(self):
         for stage in self.stages:
@@ -174,6 +181,8 @@ class Run:
                 if isinstance(usual, (int, str)) and value is not None and type(usual) is not type(value):
                     kind = f"expected {type(usual).__name__}, as in {usual!r}, not {value!r}"
                     raise ConfigError(f"stages.{stage.name}.data.{name}: {kind}")
+            if wrong := problem(Data, stage.data):
+                raise ConfigError(f"stages.{stage.name}.data: {wrong}")
         for part in self.init.sources():
             if part not in (*self.parts(), "rest"):
                 raise ConfigError(f"init.{part}: the model has no such part{suggest(part, self.parts())}")

@@ -1,15 +1,13 @@
-"""Recipes: read from a Python file or a workdir, changed by dotted overrides, stored as JSON."""
+"""Recipes: read from a Python file or a workdir, and changed by dotted overrides."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
-import importlib
 import json
 import re
 import runpy
-import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,19 @@ from typing import Any
 import flax.linen as nn
 
 from jaxmllm.config import Run
-from jaxmllm.errors import ConfigError, suggest, suggest_path
+from jaxmllm.documents import (
+    WRONG,
+    check_format,
+    field_names,
+    from_document,
+    is_storable,
+    read_document,
+    to_document,
+)
+from jaxmllm.errors import ConfigError, shown, suggest, suggest_path
+from jaxmllm.fields import problem
 
-# The format of config.json, and the version of jaxmllm that reads each. It changes when older workdirs cannot be read.
-FORMAT = 2
-READ_BY = {1: "0.1", 2: "0.2"}
-
+MAX_TEXT = 10_000  # characters of an override that are read as Python
 # Fields that may change when a run resumes: the start of their paths.
 RESUMABLE = re.compile(r"mesh|log_every|save_every|keep|loggers|data\.max_bad|stages\.\d+\.evals")
 
@@ -52,15 +57,6 @@ def namespace(path: str) -> dict[str, Any]:
 def is_own(value: Any) -> bool:
     """Whether a function or class is defined in the config file itself."""
     return getattr(value, "__module__", "") == "<run_path>" and not isinstance(value, type)
-
-
-def field_names(node: Any) -> list[str]:
-    """Names of the fields of a dataclass or Flax module that can be set."""
-    return [
-        f.name
-        for f in dataclasses.fields(node)
-        if f.init and f.name not in ("parent", "name" * isinstance(node, nn.Module))
-    ]
 
 
 # Overrides
@@ -97,11 +93,21 @@ def override(root: Any, assignments: list[str]) -> Any:
 
 
 def parse(text: str) -> Any:
-    """A Python literal, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    """A Python literal, its lists as tuples, or else the text itself."""
+    if len(text) > MAX_TEXT:
         return text
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+            return tupled(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def tupled(value: Any) -> Any:
+    """A value with its lists as tuples, as a config read from JSON has them."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(tupled, value))
+    return {k: tupled(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _texts(tree: dict[str, Any] | Assignment) -> list[str]:
@@ -133,9 +139,11 @@ def _apply(node: Any, tree: dict[str, Any] | Assignment, is_open: bool = False) 
         return {**known, **changes}
     if isinstance(node, tuple):
         return tuple(changes.get(str(i), item) for i, item in enumerate(node))
+    if wrong := problem(type(node), changes):
+        raise ConfigError(f"--set {said}: {type(node).__name__}: {wrong}")
     try:
         return node.clone(**changes) if isinstance(node, nn.Module) else dataclasses.replace(node, **changes)
-    except ValueError as error:
+    except WRONG as error:
         raise ConfigError(f"--set {said}: {error}") from error
 
 
@@ -143,34 +151,15 @@ def _checked(old: Any, assignment: Assignment) -> Any:
     new = assignment.value
     if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
         new = float(new)
-    if isinstance(old, tuple) and isinstance(new, list):
-        new = tuple(new)
+    if not is_storable(new):
+        holds = "None, True, False, texts, finite numbers of 64 bits, and lists and dicts of them"
+        raise ConfigError(f"--set {shown(assignment.text)}: a config holds {holds}")
     if old is not None and new is not None and type(old) is not type(new):
         raise ConfigError(f"--set {assignment.text}: expected {type(old).__name__}, as in {old!r}, not {new!r}")
     return new
 
 
-# JSON
-
-
-def to_document(run: Run) -> dict[str, Any]:
-    """Run -> what config.json holds: the config as JSON data, and the number of its format."""
-    return {"format": FORMAT, **to_json(run)}
-
-
-def from_document(document: Any, path: str, trusted: Mapping[str, Any] | None = None) -> Run:
-    """The inverse of `to_document`. Raises ConfigError, naming `path`, for another format. trusted: see `from_json`."""
-    check_format(document, path)
-    return from_json({key: value for key, value in document.items() if key != "format"}, trusted)
-
-
-def check_format(document: Any, path: str) -> None:
-    """Raises ConfigError, naming `path` and the version that reads it, unless the document has today's format."""
-    found = document.get("format", 1) if isinstance(document, dict) else None
-    if found == FORMAT:
-        return
-    reader = f"jaxmllm {READ_BY[found]} reads it" if found in READ_BY else "a newer jaxmllm may read it"
-    raise ConfigError(f"{path} has format {found}, and this version reads format {FORMAT}; {reader}")
+# Workdirs
 
 
 def read_run(workdir: str, config: str | None = None) -> Run:
@@ -184,46 +173,7 @@ def read_run(workdir: str, config: str | None = None) -> Run:
         command = f"train one with `jaxmllm train CONFIG --workdir {workdir}`"
         raise ConfigError(f"{workdir} holds no run (no config.json){suggest_path(workdir)}; {command}")
     trusted = namespace(config.partition(":")[0]) if config else None
-    return from_document(json.loads(path.read_text()), str(path), trusted)
-
-
-def to_json(node: Any) -> Any:
-    """Config -> plain JSON data. Objects carry the name of their class, so that `from_json` can build them again."""
-    if dataclasses.is_dataclass(node):
-        kind = f"{type(node).__module__}:{type(node).__qualname__}"
-        return {"class": kind} | {name: to_json(getattr(node, name)) for name in field_names(node)}
-    if isinstance(node, Mapping):
-        return {"dict": {k: to_json(v) for k, v in node.items()}}
-    return [to_json(v) for v in node] if isinstance(node, (tuple, list)) else node
-
-
-def from_json(data: Any, trusted: Mapping[str, Any] | None = None) -> Any:
-    """The inverse of `to_json`. Builds classes of this package only, unless the names of a config file are trusted."""
-    if isinstance(data, list):
-        return tuple(from_json(v, trusted) for v in data)
-    if not isinstance(data, dict):
-        return data
-    if "dict" in data:
-        return {k: from_json(v, trusted) for k, v in data["dict"].items()}
-    fields = {k: from_json(v, trusted) for k, v in data.items() if k != "class"}
-    return find_class(data["class"], trusted)(**fields)
-
-
-def find_class(kind: str, trusted: Mapping[str, Any] | None) -> type:
-    """ "module:Class" -> the class. Raises ConfigError unless it is a dataclass, of this package or trusted."""
-    module, _, name = kind.partition(":")
-    is_ours, scope = module.startswith("jaxmllm."), {}
-    if is_ours:
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(module)
-    # Modules that the config file has imported are loaded already; no other is imported by its name in a JSON file.
-    if is_ours or trusted is not None:
-        scope = trusted if module == "<run_path>" else getattr(sys.modules.get(module), "__dict__", {})
-    found = scope.get(name)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        mend = "add --config with its FILE.py, or train from that file"
-        raise ConfigError(f"the config names {kind}, which is not a class of jaxmllm; {mend}")
-    return found
+    return from_document(read_document(path), str(path), trusted)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

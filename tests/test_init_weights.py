@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxmllm.documents import FORMAT
 from jaxmllm.mesh import Mesh
-from jaxmllm.recipes import FORMAT
 from jaxmllm.train.checkpoint import StageCheckpoints
 from jaxmllm.train.state import TrainState
 from jaxmllm.weights import load, sources

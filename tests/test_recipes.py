@@ -8,9 +8,9 @@ import textwrap
 
 import pytest
 
-from jaxmllm import recipes
+from jaxmllm.documents import FORMAT, from_document, to_document
 from jaxmllm.errors import ConfigError
-from jaxmllm.recipes import from_document, load, override, read_run, to_document
+from jaxmllm.recipes import load, override, read_run
 from tests.conftest import ROOT
 
 TOY = str(ROOT / "configs" / "toy.py")
@@ -124,7 +124,7 @@ def test_what_overrides_changed_survives_json():
 @pytest.mark.parametrize("number, says", [(None, "jaxmllm 0.1 reads it"), (3, "a newer jaxmllm may read it")])
 def test_another_format_is_refused(number, says):
     document = to_document(load(TOY))
-    assert document["format"] == recipes.FORMAT == 2
+    assert document["format"] == FORMAT == 2
     document["format"] = number
     if number is None:  # the first format had no number
         del document["format"]

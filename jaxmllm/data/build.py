@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from jaxmllm.data.sizes import steps_of_epochs
 from jaxmllm.data.sources.open import open_source
 from jaxmllm.data.sources.record import RecordSource
 from jaxmllm.data.tokenizer import load_tokenizer
+from jaxmllm.documents import read_document, stages_of
 from jaxmllm.errors import ConfigError
 from jaxmllm.processes import say
 
@@ -144,8 +144,8 @@ def resolve_steps(run: Run, stage: Stage, saved: int | None = None, keep: bool =
 def saved_steps(workdir: str) -> dict[str, int]:
     """Stage -> steps, as WORKDIR/config.json says; {} without such a file."""
     file = Path(workdir) / "config.json"
-    document = json.loads(file.read_text()) if file.exists() else {}
-    return {stage["name"]: stage["steps"] for stage in document.get("stages", [])}
+    document = read_document(file) if file.exists() else {"stages": []}
+    return {stage["name"]: stage["steps"] for stage in stages_of(document, str(file))}
 
 
 def make_loader(run: Run, stage: Stage, workdir: str, accept_changed: bool = False) -> Loader:

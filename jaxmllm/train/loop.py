@@ -14,9 +14,9 @@ from collections.abc import Callable
 import jax
 
 from jaxmllm.config import Run, Stage
+from jaxmllm.documents import to_document
 from jaxmllm.errors import ConfigError
 from jaxmllm.host_batches import global_from_rows, process_rows
-from jaxmllm.recipes import to_document
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.train.compiler import use_random_kernel
 from jaxmllm.train.metrics import Reporter, report

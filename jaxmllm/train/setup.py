@@ -15,9 +15,10 @@ from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
 from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.config import Run, Stage, part_of
+from jaxmllm.documents import read_document, to_document
 from jaxmllm.errors import ConfigError
 from jaxmllm.nn.param_info import ParamInfo, describing
-from jaxmllm.recipes import check_resumable, to_document
+from jaxmllm.recipes import check_resumable
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
 from jaxmllm.train.compiler import options
 from jaxmllm.train.optim import is_trained, transformation
@@ -33,7 +34,7 @@ def check_workdir(config: Run, workdir: str) -> None:
     """Raises ConfigError if the workdir belongs to another config."""
     path = Path(workdir) / "config.json"
     if path.exists():
-        check_resumable(json.loads(path.read_text()), config, workdir)
+        check_resumable(read_document(path), config, workdir)
 
 
 def claim_workdir(config: Run, workdir: str) -> None:

@@ -23,9 +23,10 @@ from tokenizers import AddedToken
 from jaxmllm.config import Run
 from jaxmllm.data.templates import IMAGE
 from jaxmllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxmllm.documents import to_document
 from jaxmllm.errors import ConfigError
 from jaxmllm.mesh import Mesh
-from jaxmllm.recipes import read_run, to_document
+from jaxmllm.recipes import read_run
 from jaxmllm.train.setup import abstract_params
 from jaxmllm.train.state import Params
 from jaxmllm.weights import hf_write, layouts

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxmllm.config import Run, part_of
-from jaxmllm.recipes import from_document
+from jaxmllm.documents import from_document
 from jaxmllm.weights.convert import (
     CONV,
     FLAT,
@@ -86,7 +86,7 @@ class ExportedSource:
         return read_key_map(self.path / KEY_MAP)
 
     def run(self, trusted: Mapping[str, Any] | None = None) -> Run:
-        """The recipe. trusted: see recipes.from_json. Raises ValueError."""
+        """The recipe. trusted: see documents.from_json. Raises ValueError."""
         path = self.path / "config.json"
         return from_document(read_json(path).get("run"), str(path), trusted)
 

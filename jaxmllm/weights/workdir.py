@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from jaxmllm.config import part_of
+from jaxmllm.documents import check_format, stages_of
 from jaxmllm.errors import suggest, suggest_path
-from jaxmllm.recipes import check_format
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
 from jaxmllm.weights.hf_config import read_json
 from jaxmllm.weights.load import Abstract
@@ -103,7 +103,7 @@ def open_workdir(text: str) -> WorkdirSource:
     workdir, given = roots[0], path.relative_to(roots[0]).parts
     document = read_json(workdir / "config.json")
     check_format(document, f"{workdir}/config.json")
-    stages = [stage["name"] for stage in document["stages"]]
+    stages = [stage["name"] for stage in stages_of(document, f"{workdir}/config.json")]
     if given and given[0] not in stages:
         raise ValueError(f"{text}: there is no stage {given[0]!r}{suggest(given[0], stages)}")
     by_stage = dict(zip(stages, open_checkpoints(str(workdir), stages)))
