@@ -106,10 +106,11 @@ def test_check_data_covers_every_stage(run, tmp_path):
     last = run.stages[1]
     (tmp_path / "empty.jsonl").write_text("")
     empty = dataclasses.replace(last.sources[0], path=str(tmp_path / "empty.jsonl"))
-    heavy = dataclasses.replace(last.sources[0], weight=math.nan)
+    for weight in (math.nan, math.inf, 0, -1):
+        with pytest.raises(ConfigError, match=f"instruct.jsonl is {weight}; it must be positive"):
+            dataclasses.replace(last.sources[0], weight=weight)
     for stage, says in [
         (dataclasses.replace(last, sources=(empty,)), "empty.jsonl must have records"),
-        (dataclasses.replace(last, sources=(heavy,)), "instruct.jsonl is nan"),
         (dataclasses.replace(last, data={"shards": 3}), "8 rows in 3 virtual shards"),
         (dataclasses.replace(last, data={"tokenizer": "nowhere"}), "no tokenizer at nowhere"),
     ]:
