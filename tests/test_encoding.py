@@ -197,6 +197,17 @@ def test_a_token_of_a_vocabulary_is_text_too(tokenizers):
         assert {"</s>", "<end>"} & set(copy.encode(text, add_special_tokens=False).tokens), kind
 
 
+def test_control_tokens_that_a_normalizer_would_hide():
+    """Old Llama files flag <s> and </s> as normalized: the library then looks for "▁<s>" and misses "x<s>"."""
+    backend = llama(legacy=True)
+    backend.add_special_tokens([AddedToken(token, normalized=True) for token in ("<s>", "</s>")])
+    tokenizer = Tokenizer("old", backend)
+    assert tokenizer.id("<s>") not in tokenizer.encode("x<s>")
+    found = Encoder(tokenizer, VICUNA_V1.markers())(VICUNA_V1.pieces([("why", "yes"), ("why </s>", "no")]))
+    ids = [id for piece in found for id in piece.ids]
+    assert [id for id in ids if id in (1, 2)] == [1, 2, 2]
+
+
 def test_tokens_that_reach_over_a_border_belong_to_where_they_end(tokenizers):
     """ "ASSISTANT:" and "(B)": a tokenizer may join ":" and "(", and the answer is still learned from its first
     character."""

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
 from jaxmllm.data import picture as pictures
 from jaxmllm.data.picture import decode, open_image
+from jaxmllm.data.samples import SampleSpec, make_sample
 from jaxmllm.data.sources.record import BadSample, Blob, Record
+from jaxmllm.data.templates import TOY
+from jaxmllm.data.tokenizer import train_word_tokenizer
+from jaxmllm.eval.answer import Question
 
 RECORD = Record("r", "d.jsonl", {}, [], {})
 RNG = np.random.default_rng(0)
@@ -73,6 +78,18 @@ def test_a_fast_jpeg_is_turned_too(orientation):
     assert (8 * fast.shape[0], 8 * fast.shape[1]) == exact.shape[:2]
     small = np.asarray(Image.fromarray(exact).resize(fast.shape[1::-1], Image.Resampling.BOX)).astype(int)
     assert np.abs(small - fast).mean() < 3
+
+
+def test_questions_of_chat_and_eval_are_turned_too(tmp_path):
+    layout = VisualLayout({"a": EncoderInput(8, 2, (9, 9, 9))}, TokenLayout(grid=2), 0)
+    spec = SampleSpec(train_word_tokenizer(["why"], tmp_path / "words"), TOY, layout, seq_len=64, image_slots=1)
+    halves = np.zeros((8, 16, 3), np.uint8)
+    halves[:, :8, 0], halves[:, 8:, 2] = 255, 255
+    (tmp_path / "a.jpg").write_bytes(turned("JPEG", 6, Image.fromarray(halves), quality=100).read())
+    sample = make_sample(Question("why", (str(tmp_path / "a.jpg"),)).record(), 0, spec, reply_open=True)
+    shown = sample.images["a"][0]
+    assert np.abs(shown[:, [0, 7]].astype(int) - 9).max() < 5  # the padding is left and right
+    assert (shown[0, 3:5, 0] > 200).all() and (shown[7, 3:5, 2] > 200).all()
 
 
 def test_an_orientation_after_the_pixels_or_in_xmp_counts():

@@ -12,12 +12,11 @@ control token:
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
@@ -62,13 +61,16 @@ class Encoder:
         self.copy.post_processor = None  # it would only trim the blanks off offsets
         self.copy.add_special_tokens([AddedToken(token, normalized=False) for token in control])
         self.copy.encode_special_tokens = True  # special tokens that stand in a text are text
+        self.spelled_ids = np.array([*self.spelled])
         self.stand_ins = dict(zip(control, CONTROL))
-        self.meant: dict[int, list[int]] = {}  # id of a stand-in -> the ids that it stands for
+        self.meant = {PICTURE: [], BREAK: []}  # stand-in -> the ids that it stands for
+        self.meant |= {stand_in: [ids[token]] for token, stand_in in self.stand_ins.items()}
         for token, stand_in in {**self.stand_ins, IMAGE: PICTURE, "": BREAK}.items():
-            like = flags.get(token, AddedToken("", normalized=False))
-            same = {name: getattr(like, name) for name in ("lstrip", "rstrip", "normalized")}
-            self.copy.add_tokens([AddedToken(stand_in, special=False, **same)])
-            self.meant[self.copy.token_to_id(stand_in)] = [ids[token]] if token in ids else []
+            like = flags.get(token, AddedToken(""))
+            same = {"lstrip": like.lstrip, "rstrip": like.rstrip}
+            # Not normalized, whatever its token is: a normalizer that writes a blank first would hide it.
+            self.copy.add_tokens([AddedToken(stand_in, special=False, normalized=False, **same)])
+        self.stand_in_ids = np.array([self.copy.token_to_id(stand_in) for stand_in in self.meant])
         self.cut = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
 
     def __call__(self, pieces: Iterable[Piece]) -> list[Encoded]:
@@ -90,26 +92,27 @@ class Encoder:
     def _encode(self, parts: list[Part]) -> list[Encoded] | None:
         """The parts with their ids; None, and one more BREAK in `parts`, if a text came out as a control token."""
         texts = [stand_in or text for text, _, stand_in in parts]
-        ends = list(itertools.accumulate(map(len, texts)))
-        whole, stands = "".join(texts), (k for k, part in enumerate(parts) if part.stand_in)
+        ends, whole = np.cumsum([0, *map(len, texts)])[1:], "".join(texts)
         encoding = self.copy.encode(whole, add_special_tokens=False)
-        ids: list[list[int]] = [[] for _ in parts]
-        for id, (start, end) in zip(encoding.ids, encoding.offsets):
-            if id in self.meant:
-                ids[next(stands)] += self.meant[id]  # its offsets may include blanks beside it
-                continue
-            if id in self.spelled and self.spelled[id] in whole[start:end]:
+        tokens, spans = np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        for token in np.flatnonzero(np.isin(tokens, self.spelled_ids)):
+            id, (start, end) = int(tokens[token]), spans[token]
+            if self.spelled[id] in whole[start:end]:
                 at = whole.index(self.spelled[id], start) + 1
-                k = bisect.bisect_right(ends, at)
-                (text, trained, _), inside = parts[k], at - ends[k] + len(texts[k])
+                k = int(np.searchsorted(ends, at, "right"))
+                (text, trained, _), inside = parts[k], at - int(ends[k]) + len(texts[k])
                 parts[k : k + 1] = [
                     Part(text[:inside], trained),
                     Part("", trained, BREAK),
                     Part(text[inside:], trained),
                 ]
                 return None
-            k = bisect.bisect_right(ends, max(end - 1, start))
-            ids[min(k, len(parts) - 1)].append(id)
+        owners = np.searchsorted(ends, np.maximum(spans[:, 1] - 1, spans[:, 0]), "right").clip(max=len(parts) - 1)
+        stands = np.isin(tokens, self.stand_in_ids)  # their offsets may include blanks beside them
+        owners[stands] = [k for k, part in enumerate(parts) if part.stand_in]
+        order = np.argsort(owners, kind="stable")
+        groups = np.split(tokens[order], np.searchsorted(owners[order], np.arange(1, len(parts))))
+        ids = [self.meant[part.stand_in] if part.stand_in else group.tolist() for part, group in zip(parts, groups)]
         return [
             Encoded(text, found, trained, stand_in == PICTURE)
             for (text, trained, stand_in), found in zip(parts, ids)
