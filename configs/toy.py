@@ -19,7 +19,7 @@ from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
 from jaxmllm.objectives.next_token import NextToken
-from jaxmllm.train.optimizers import AdamW
+from jaxmllm.train.optimizers import Muon
 from jaxmllm.train.schedules import Cosine
 
 SCENES = "data/scenes"
@@ -68,7 +68,7 @@ def regress(dim: int, blocks: int = 1) -> EmbedDistill:
 
 
 def config() -> Run:
-    optim = AdamW(lr=1.2e-3, schedule=Cosine(warmup=0.05, final=0.02), weight_decay=0.05, b2=0.98)
+    optim = Muon(lr=4e-3, adam_rate=0.4, schedule=Cosine(warmup=0.05, final=0.02), weight_decay=0.05, b2=0.98)
     captions = Source(f"{SCENES}/align.jsonl", weight=0.1)
     questions = Source(f"{SCENES}/instruct.jsonl", weight=0.9)
     common = {"rows": 12, "rules": (Rule(".*"),), "losses": {"next_token": 1.0, "depth": 0.5, "seg": 0.5}}
@@ -87,12 +87,12 @@ def config() -> Run:
             Stage(
                 name="align",
                 sources=(captions,),
-                steps=150,
-                optim=dataclasses.replace(optim, lr=2e-3, schedule=Cosine(warmup=0.05, final=0.5)),
+                steps=100,
+                optim=dataclasses.replace(optim, schedule=Cosine(warmup=0.05, final=0.5)),
                 **common,
             ),
             # Questions and captions, still with the maps.
-            Stage(name="instruct", sources=(questions, captions), steps=1150, optim=optim, **common),
+            Stage(name="instruct", sources=(questions, captions), steps=400, optim=optim, **common),
         ),
         compute_dtype="float32",
     )

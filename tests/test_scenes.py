@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from jaxmllm.scenes.compose import CARD_DEPTH, KINDS, MIN_VISIBLE, compose, plur
 from jaxmllm.scenes.files import FIRST_NOUNS, HELDOUT_NOUNS, make_scenes, scene_at
 from jaxmllm.scenes.questions import conversation
 
-ARGS = {"train": 400, "heldout": 300, "seed": 3}
+ARGS = {"train": 400, "heldout": 300, "seed": 3, "kinds": KINDS}
 SINGULAR = {plural: noun for noun, plural in plurals().items()}
 
 
@@ -98,7 +99,7 @@ def test_heldout_rows_are_right_and_every_kind_is_there(folder: Path, split: str
     for row in rows:
         assert row["prompt"] == row["question"] and row["source"] == "Composed"
         index = int(Path(row["image"]).stem)
-        objects = [thing.noun for thing in scene_at(split, index, nouns=nouns, size=96, seed=3)[0].objects]
+        objects = [thing.noun for thing in scene_at(split, index, nouns=nouns, size=96, seed=3, kinds=KINDS)[0].objects]
         if row["task"] == "Caption":
             assert row["choices"] == [] and row["answer"].endswith(".")
         else:
@@ -113,7 +114,7 @@ def test_heldout_rows_are_right_and_every_kind_is_there(folder: Path, split: str
 
 def test_the_maps_on_disk_are_those_of_the_scene(folder: Path) -> None:
     for index in range(20):
-        scene, _ = scene_at("train", index, nouns=FIRST_NOUNS, size=96, seed=3)
+        scene, _ = scene_at("train", index, nouns=FIRST_NOUNS, size=96, seed=3, kinds=KINDS)
         depth, instances = maps(folder, f"images/train/{index:06d}.jpg")
         assert np.abs(depth / 65535 - scene.depth).max() < 1e-5
         np.testing.assert_array_equal(instances, scene.instances)
@@ -161,8 +162,8 @@ def test_enough_of_every_object_is_visible() -> None:
 def test_answers_are_balanced() -> None:
     exist, relation, count = Counter(), Counter(), Counter()
     exist_by_noun = {noun: Counter() for noun in FIRST_NOUNS}
-    for index in range(2000):
-        scene, rng = scene_at("train", index, nouns=FIRST_NOUNS, size=48, seed=1)
+    for index in range(3000):
+        scene, rng = scene_at("train", index, nouns=FIRST_NOUNS, size=48, seed=1, kinds=KINDS)
         for question in conversation(rng, scene, FIRST_NOUNS):
             if question.task == "Exist":
                 exist[question.answer] += 1
@@ -180,7 +181,7 @@ def test_answers_are_balanced() -> None:
 
 def test_no_turn_asks_what_an_earlier_one_gave_away() -> None:
     for index in range(300):
-        scene, rng = scene_at("train", index, nouns=FIRST_NOUNS, size=48, seed=2)
+        scene, rng = scene_at("train", index, nouns=FIRST_NOUNS, size=48, seed=2, kinds=KINDS)
         questions = conversation(rng, scene, FIRST_NOUNS)
         assert len({question.text for question in questions}) == len(questions)
         if scene.kind != "single":
@@ -239,8 +240,10 @@ def test_a_whole_folder_is_left_alone_and_other_arguments_are_refused(tmp_path: 
         make_scenes(tmp_path / "full")
 
 
-@pytest.mark.parametrize("bad", [{"nouns": 4}, {"nouns": 1000}, {"size": 16}, {"train": -1}, {"processes": 0}])
-def test_bad_arguments_are_named(tmp_path: Path, bad: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "bad", [{"nouns": 4}, {"nouns": 1000}, {"size": 16}, {"train": -1}, {"processes": 0}, {"kinds": ["duck"]}]
+)
+def test_bad_arguments_are_named(tmp_path: Path, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))) as caught:
         make_scenes(tmp_path / "scenes", **bad)
     assert "\n" not in str(caught.value)

@@ -16,11 +16,15 @@ def add(commands) -> None:
     parser.add_argument("out")
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    text = (
+        "kinds of scenes: count, depth, single; also relation and distance, which are harder (default: the first three)"
+    )
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes composed scenes."""
     from jaxmllm.scenes.files import make_scenes
 
-    options = {name: getattr(args, name) for name in DEFAULTS}
+    options = {name: getattr(args, name) for name in DEFAULTS} | ({"kinds": args.kinds} if args.kinds else {})
     print(f"scenes are in {make_scenes(args.out, progress=common.counter('scenes'), **options)}")

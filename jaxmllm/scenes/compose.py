@@ -256,10 +256,9 @@ def _ground_scene(rng: np.random.Generator, nouns: Sequence[str], size: int) -> 
             sprite = _sprite(rng, noun, 0.62 * depth * size)
             height, width = sprite.mask.shape
             placed.append(_Placed(noun, sprite, int(rng.integers(size - width + 1)), foot - height, depth))
-        scene = _paint("depth", Image.fromarray(picture), backdrop.copy(), placed)
-        seen = np.bincount(scene.instances.ravel(), minlength=len(placed) + 1)[1:]
+        seen = np.bincount(_instances(placed, size).ravel(), minlength=len(placed) + 1)[1:]
         if all(count >= MIN_VISIBLE * p.sprite.mask.sum() for count, p in zip(seen, placed, strict=True)):
-            return scene
+            return _paint("depth", Image.fromarray(picture), backdrop, placed)
 
 
 # --- pixels -----------------------------------------------------------------------------------------------
@@ -274,13 +273,20 @@ def _texture(rng: np.random.Generator, height: int, width: int, low: int, high: 
     return np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
 
 
-def _paint(kind: str, image: Image.Image, depth: np.ndarray, placed: list[_Placed]) -> Scene:
-    """Paint the objects in the order given, from far to near; `image` and `depth` are changed in place."""
-    instances = np.zeros(depth.shape, np.uint8)
+def _instances(placed: list[_Placed], size: int) -> np.ndarray:
+    """uint8 [size, size]: k where the k-th object is seen, 0 for the background; later objects hide earlier ones."""
+    instances = np.zeros((size, size), np.uint8)
     for k, p in enumerate(placed, start=1):
-        image.paste(p.sprite.image, p.box[:2], p.sprite.image)
         left, top, right, bottom = p.box
         instances[top:bottom, left:right][p.sprite.mask] = k
-        depth[top:bottom, left:right][p.sprite.mask] = p.depth
+    return instances
+
+
+def _paint(kind: str, image: Image.Image, depth: np.ndarray, placed: list[_Placed]) -> Scene:
+    """Paint the objects in the order given, from far to near; `image` and `depth` are changed in place."""
+    instances = _instances(placed, len(depth))
+    for k, p in enumerate(placed, start=1):
+        image.paste(p.sprite.image, p.box[:2], p.sprite.image)
+        depth[instances == k] = p.depth
     things = tuple(Thing(p.noun, p.depth, p.box) for p in placed)
     return Scene(kind, np.asarray(image), depth, instances, things)

@@ -1,6 +1,6 @@
 """Composed scenes on disk: images, exact dense targets, and questions in common formats.
 
-Scene i of a split depends only on (seed, split, i), the nouns and the size of the images; see `scene_at`.
+Scene i of a split depends only on (seed, split, i), the nouns, the kinds and the size of the images; see `scene_at`.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from jaxmllm.data.tokenizer import train_word_tokenizer
-from jaxmllm.scenes.compose import MIN_NOUNS, SIZES, Scene, compose, plurals
+from jaxmllm.scenes.compose import KINDS, MIN_NOUNS, SIZES, Scene, compose, plurals
 from jaxmllm.scenes.questions import Question, caption, conversation, heldout_questions
 
 FIRST_NOUNS = (
@@ -26,12 +26,12 @@ FIRST_NOUNS = (
 )  # fmt: skip
 HELDOUT_NOUNS = ("rocket", "mushroom", "turtle", "owl", "cactus", "pineapple", "bicycle", "snowman")
 
-FORMAT = 3  # raise it when the same arguments would give other files
+FORMAT = 4  # raise it when the same arguments would give other files
 
-# The kinds of the scenes, repeated in this order. Training favours what is slow to learn; held-out kinds are balanced.
-_TRAIN_KINDS = ("count",) * 6 + ("relation",) * 2 + ("depth",) * 7 + ("distance",) * 2 + ("single",) * 3
-_HELDOUT_KINDS = ("count", "relation", "depth", "distance", "single")
-_SPLITS = {"train": _TRAIN_KINDS, "heldout": _HELDOUT_KINDS, "heldout_nouns": _HELDOUT_KINDS}
+# Scenes of each kind that training repeats, in this order: more of what is slow to learn. Held-out kinds are balanced.
+_TRAIN_SHARES = {"count": 8, "depth": 8, "single": 3, "relation": 4, "distance": 4}
+DEFAULT_KINDS = ("count", "depth", "single")  # what the toy recipe learns in minutes
+_SPLITS = ("train", "heldout", "heldout_nouns")
 _FILES = ("align", "instruct", "train_rows", "heldout", "heldout_nouns")
 _TRAIN_ROWS = 2000  # training scenes that also become rows, from which a rule that ignores the picture can learn
 _JOB = 100  # scenes that a worker makes between two progress reports
@@ -61,12 +61,12 @@ CV-Bench; held-out rows only have its columns, so that the same scorer reads bot
 
 
 def scene_at(
-    split: str, index: int, *, nouns: Sequence[str], size: int, seed: int
+    split: str, index: int, *, nouns: Sequence[str], size: int, seed: int, kinds: Sequence[str] = DEFAULT_KINDS
 ) -> tuple[Scene, np.random.Generator]:
     """Scene `index` of a split ("train", "heldout", "heldout_nouns") and the generator for its questions."""
-    rng = np.random.default_rng([seed, list(_SPLITS).index(split), index])
-    kinds = _SPLITS[split]
-    return compose(rng, nouns, size, kinds[index % len(kinds)]), rng
+    rng = np.random.default_rng([seed, _SPLITS.index(split), index])
+    order = [kind for kind in kinds for _ in range(_TRAIN_SHARES[kind] if split == "train" else 1)]
+    return compose(rng, nouns, size, order[index % len(order)]), rng
 
 
 def _paths(split: str, index: int) -> dict[str, str]:
@@ -111,6 +111,7 @@ def make_scenes(
     nouns: int = 16,
     size: int = 96,
     seed: int = 0,
+    kinds: Sequence[str] = DEFAULT_KINDS,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -126,6 +127,7 @@ def make_scenes(
       nouns: how many nouns training uses, starting with `FIRST_NOUNS`. The 8 `HELDOUT_NOUNS` are not among them.
       size: side of the images in pixels.
       seed: not negative.
+      kinds: kinds of scenes, from `scenes.compose.KINDS`; each has a kind of question of its own.
       processes: how many write at once; None for one per core. The files do not depend on it.
       progress: called with (scenes done, scenes in all) from time to time.
 
@@ -143,12 +145,14 @@ def make_scenes(
         raise ValueError(f"size must be {SIZES[0]} to {SIZES[1]} pixels, not {size}")
     if min(train, heldout, seed) < 0:
         raise ValueError(f"train, heldout and seed must not be negative, not {train}, {heldout} and {seed}")
+    if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - set(KINDS):
+        raise ValueError(f"kinds must be different ones of {', '.join(KINDS)}, not {', '.join(kinds) or 'none'}")
     if processes is not None and processes < 1:
         raise ValueError(f"processes must be 1 or more, not {processes}")
 
     out_dir = Path(out_dir)
     made_with = {"format": FORMAT, "train": train, "heldout": heldout}
-    made_with |= {"nouns": nouns, "size": size, "seed": seed}
+    made_with |= {"nouns": nouns, "size": size, "seed": seed, "kinds": list(kinds)}
     if out_dir.exists():
         _check_same(out_dir, made_with)
         return out_dir
@@ -161,7 +165,9 @@ def make_scenes(
         for kind in ("images", "depth", "instances"):
             (partial_dir / kind / split).mkdir(parents=True)
         for start in range(0, count, _JOB):
-            jobs.append(_Job(partial_dir, split, range(start, min(start + _JOB, count)), chosen, size, seed))
+            jobs.append(
+                _Job(partial_dir, split, range(start, min(start + _JOB, count)), chosen, size, seed, tuple(kinds))
+            )
     _write_records(partial_dir, jobs, processes or os.cpu_count() or 1, progress)
     train_word_tokenizer(_texts(partial_dir), str(partial_dir / "tokenizer"))
     lists = {"train": available[:nouns], "heldout": HELDOUT_NOUNS}
@@ -194,13 +200,14 @@ class _Job(NamedTuple):
     nouns: tuple[str, ...]
     size: int
     seed: int
+    kinds: tuple[str, ...]
 
 
 def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
     """Write the images and maps of a job; return the records of each JSONL file, without the "idx" of rows."""
     records = {"align": [], "instruct": [], "train_rows": []} if job.split == "train" else {job.split: []}
     for index in job.indices:
-        scene, rng = scene_at(job.split, index, nouns=job.nouns, size=job.size, seed=job.seed)
+        scene, rng = scene_at(job.split, index, nouns=job.nouns, size=job.size, seed=job.seed, kinds=job.kinds)
         paths = _paths(job.split, index)
         Image.fromarray(scene.image).save(job.folder / paths["image"], quality=90)
         depth = np.rint(scene.depth * 65535).astype(np.uint16)
@@ -241,7 +248,7 @@ def _write_records(
                 progress(done, total)
 
 
-def _check_same(folder: Path, made_with: dict[str, int]) -> None:
+def _check_same(folder: Path, made_with: dict[str, Any]) -> None:
     try:
         existing = json.loads((folder / "scenes.json").read_text())
     except (OSError, ValueError):

@@ -60,8 +60,7 @@ def exist(noun: str, present: bool) -> Question:
 def main_questions(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -> list[Question]:
     """The questions that a scene was composed for, in random order, at least one of them of the scene's own kind.
 
-    A depth or distance scene may also get a relation question; no answer follows from another. Wrong choices are taken
-    from `nouns`.
+    A distance scene also gets a relation question; no answer follows from another. Wrong choices come from `nouns`.
     """
     things = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     match scene.kind:
@@ -74,7 +73,7 @@ def main_questions(rng: np.random.Generator, scene: Scene, nouns: Sequence[str])
         case "relation":
             asked = _relations(things[:2])
         case "depth":
-            asked = [_which_is_closer(*things[:2]), *_relations(things[:2], axes=(0,))]
+            asked = [_which_is_closer(*things[:2])]
         case "distance":
             anchor, first, second = next(order for order in permutations(things) if nearer_of(*order))
             relations = [q for pair in combinations(things, 2) for q in _relations(pair)]
@@ -135,12 +134,12 @@ def _how_many(noun: str, count: int) -> Question:
     return Question("Count", f"How many {plurals()[noun]} are there?", str(count), tuple("1234"), (noun,))
 
 
-def _relations(pair: Sequence[Thing], axes: Sequence[int] = (0, 1)) -> list[Question]:
+def _relations(pair: Sequence[Thing]) -> list[Question]:
     """A question for each axis (0 across, 1 down) along which the boxes of the two objects do not overlap."""
     a, b = pair
     words = (("left", "right", "left or right of"), ("above", "below", "above or below"))
     questions = []
-    for axis in axes:
+    for axis in (0, 1):
         if apart(a.box, b.box, axis):
             before, after, wording = words[axis]
             answer = before if a.box[axis] < b.box[axis] else after
