@@ -69,8 +69,8 @@ def regress(dim: int, blocks: int = 1) -> EmbedDistill:
 
 def config() -> Run:
     optim = Muon(lr=4e-3, adam_rate=0.4, schedule=Cosine(warmup=0.05, final=0.02), weight_decay=0.05, b2=0.98)
-    captions = Source(f"{SCENES}/align.jsonl", weight=0.1)
-    questions = Source(f"{SCENES}/instruct.jsonl", weight=0.9)
+    captions = Source(f"{SCENES}/align.jsonl", weight=0.2)
+    questions = Source(f"{SCENES}/instruct.jsonl", weight=0.8)
     common = {"rows": 12, "rules": (Rule(".*"),), "losses": {"next_token": 1.0, "depth": 0.5, "seg": 0.5}}
     return Run(
         name="toy",
@@ -92,7 +92,7 @@ def config() -> Run:
                 **common,
             ),
             # Questions and captions, still with the maps.
-            Stage(name="instruct", sources=(questions, captions), steps=400, optim=optim, **common),
+            Stage(name="instruct", sources=(questions, captions), steps=500, optim=optim, **common),
         ),
         compute_dtype="float32",
     )

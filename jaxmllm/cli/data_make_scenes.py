@@ -6,7 +6,7 @@ import argparse
 
 from jaxmllm.cli import common
 
-DEFAULTS = {"train": 20000, "heldout": 1500, "nouns": 16, "size": 96, "seed": 0}
+DEFAULTS = {"train": 12000, "heldout": 1500, "nouns": 16, "size": 96, "seed": 0}
 
 
 def add(commands) -> None:

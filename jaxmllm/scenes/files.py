@@ -106,7 +106,7 @@ def benchmark_row(rng: np.random.Generator, image: str, question: Question) -> d
 def make_scenes(
     out_dir: str | os.PathLike[str],
     *,
-    train: int = 20_000,
+    train: int = 12_000,
     heldout: int = 1_500,
     nouns: int = 16,
     size: int = 96,
@@ -217,7 +217,8 @@ def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
             records["align"].append(llava_record(index, scene, [caption(scene)]))
             records["instruct"].append(llava_record(index, scene, conversation(rng, scene, job.nouns)))
         if job.split != "train" or index < _TRAIN_ROWS:
-            questions = heldout_questions(rng, index, scene, job.nouns)
+            turn, offset = divmod(index, len(job.kinds))
+            questions = heldout_questions(rng, turn, offset, scene, job.nouns)
             rows = [benchmark_row(rng, paths["image"], question) for question in questions]
             records["train_rows" if job.split == "train" else job.split] += rows
     return records

@@ -107,12 +107,18 @@ def conversation(rng: np.random.Generator, scene: Scene, nouns: Sequence[str]) -
     return [first, second, *asked]
 
 
-def heldout_questions(rng: np.random.Generator, index: int, scene: Scene, nouns: Sequence[str]) -> list[Question]:
-    """One question of the scene's own kind; for every third scene also an `Exist` question and the caption."""
+def heldout_questions(
+    rng: np.random.Generator, turn: int, offset: int, scene: Scene, nouns: Sequence[str]
+) -> list[Question]:
+    """One question of the scene's own kind; every third time also an `Exist` question and the caption.
+
+    turn: how often the kinds of scenes have been repeated before this scene; offset: the place of its kind among them.
+    Both kinds of "exist" answers are equally frequent among the scenes of each kind.
+    """
     questions = [next(q for q in main_questions(rng, scene, nouns) if q.task == TASK_OF[scene.kind])]
-    if index % 3 == 0:
+    if turn % 3 == 0:
         present = sorted({thing.noun for thing in scene.objects})
-        answer = index % 2 == 0  # alternates, so that half of the answers are "yes" for every kind of scene
+        answer = (turn // 3 + offset) % 2 == 0
         noun = _one_of(rng, present if answer else [noun for noun in nouns if noun not in present])
         questions += [exist(noun, answer), caption(scene)]
     return questions
