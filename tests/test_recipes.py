@@ -80,7 +80,7 @@ def test_new_keys_where_a_dict_is_open():
         ("model.objectives.dept.tokens=3", "did you mean 'depth'"),
         ("model.objectives.more=3", "dict has no 'more'"),  # only Init and Stage.data are open
         ("stages.align.losses.dept=1.0", "did you mean 'depth'"),
-        ("stages.align.optim.learning_rate=1.0", "AdamW has no 'learning_rate'"),
+        ("stages.align.optim.learning_rate=1.0", "Muon has no 'learning_rate'"),
         ("stages.align.data.seqlen=1", "stages.align.data has no 'seqlen'; did you mean 'seq_len'"),
         ("stages.align.data.seq_len=many", "stages.align.data.seq_len: expected int, as in 240, not 'many'"),
         ("init.encoders.clap=x", "init.encoders.clap: the model has no such part; did you mean 'encoders.clip'"),
