@@ -16,6 +16,7 @@ import flax.linen as nn
 from jaxmllm.errors import ConfigError, check_local, suggest
 from jaxmllm.fields import has, problem
 from jaxmllm.mesh import Mesh
+from jaxmllm.nn.lora import LoRA
 from jaxmllm.train.loggers import JsonLines, TensorBoard
 
 OPEN = {"open": True}  # metadata of a dict field to which overrides may add keys
@@ -160,6 +161,7 @@ class Run:
     data: Data
     stages: tuple[Stage, ...]
     init: Init = Init()
+    lora: tuple[LoRA, ...] | None = None  # adapters; the rules of a stage say whether it trains them
     mesh: Mesh = Mesh()
     compute_dtype: str = "bfloat16"  # masters are float32
     seed: int = 0

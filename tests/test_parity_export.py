@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,9 @@ from jaxmllm.data.tokenizer import load_tokenizer
 from jaxmllm.eval.verify import verify
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.fusers.single import Single
+from jaxmllm.nn.lora import LoRA, is_adapter
 from jaxmllm.weights.export import export
+from jaxmllm.weights.peft import export_adapter
 from tests import llava_case
 from tests.conftest import jaxmllm
 from tests.parity import TOLERANCE
@@ -80,3 +84,28 @@ def test_verify_on_a_mesh(tmp_path, bytes_):  # noqa: F811
     sides = f"{tmp_path}/run", f"transformers:{tmp_path}/out"
     done = jaxmllm("verify", *sides, "--mesh", "data=2", "fsdp=2", "tensor=2", devices=8)
     assert done.stdout.endswith("\nequal\n") and "aggregator: outputs differ by at most" in done.stdout
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_peft_loads_adapters(tmp_path, words, multimodal):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    model = llava(40) if multimodal else text_only(40)
+    attention, rest = LoRA(rank=2, targets=("/attn/",), alpha=4.0), LoRA(rank=3, targets=("/mlp/", "^aggregator/"))
+    run = dataclasses.replace(run_of(model, words), lora=(attention, *([rest] if multimodal else [])))
+    params = random_of(run)
+    params |= {k: np.full_like(x, 4 + ("mlp" in k)) for k, x in params.items() if k.endswith("lora_alpha")}
+    save(run, params, tmp_path / "run")
+    save(dataclasses.replace(run, lora=None), {k: x for k, x in params.items() if not is_adapter(k)}, tmp_path / "base")
+    export(str(tmp_path / "base"), str(tmp_path / "whole"))
+    made = export_adapter(str(tmp_path / "run"), str(tmp_path / "adapter"))
+    assert made.layout.startswith("PEFT adapter of ") and any("llm was trained too" in note for note in made.notes)
+    kind = transformers.LlavaForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
+    base = kind.from_pretrained(tmp_path / "whole")
+    with_adapter = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    with_adapter.save_pretrained(tmp_path / "merged")
+    for path in ("tokenizer.json", "preprocessor_config.json"):
+        if (tmp_path / "whole" / path).exists():
+            (tmp_path / "merged" / path).write_text((tmp_path / "whole" / path).read_text())
+    found = verify(str(tmp_path / "run"), f"transformers:{tmp_path}/merged")
+    assert found.equal(), found
+    assert not verify(str(tmp_path / "run"), str(tmp_path / "whole")).equal()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jaxmllm.mesh import Mesh
 from jaxmllm.mllm import MLLM
 from jaxmllm.nn.primitives import soft_cap
 from jaxmllm.train.state import Params, unflatten
+from jaxmllm.weights.hf_config import read_config
 from jaxmllm.weights.opened import Opened, abstract_model, open_model
 
 TRANSFORMERS = "transformers:"
@@ -88,7 +89,8 @@ def verify(a: str, b: str, *, mesh: Mesh | None = None, config: str | None = Non
     """
     opened = {text: open_model(text.removeprefix(TRANSFORMERS), config) for text in dict.fromkeys((a, b))}
     models = [opened[text].model for text in (a, b)]
-    inputs = make_inputs(*models, seed)
+    folders = [text.removeprefix(TRANSFORMERS) for text in (a, b) if text.startswith(TRANSFORMERS)]
+    inputs = make_inputs(*models, seed, {token for folder in folders if (token := image_token(folder)) is not None})
     found = []
     for text in (a, b):
         if text.startswith(TRANSFORMERS):
@@ -110,13 +112,19 @@ def renamed(outputs: Outputs, names: Mapping[str, str]) -> Outputs:
     return dataclasses.replace(outputs, parts=rename(outputs.parts), hashes=rename(outputs.hashes))
 
 
-def make_inputs(a: MLLM, b: MLLM, seed: int) -> Inputs:
-    """Inputs for two models. Raises ConfigError if they do not take the same pictures."""
+def image_token(folder: str) -> int | None:
+    """The id that stands for tokens of pictures in a LLaVA folder, None in others."""
+    return getattr(read_config(folder), "image_token_index", None)
+
+
+def make_inputs(a: MLLM, b: MLLM, seed: int, reserved: Collection[int] = ()) -> Inputs:
+    """Inputs for two models, without reserved tokens. Raises ConfigError if they do not take the same pictures."""
     sizes = [[encoder.size for encoder in model.encoders.values()] for model in (a, b)]
     if sizes[0] != sizes[1]:
         raise ConfigError(f"the models do not take the same pictures: encoders of {sizes[0]} and {sizes[1]} pixels")
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, min(a.llm.vocab, b.llm.vocab), (ROWS, BEFORE + TEXT), dtype=np.int32)
+    usable = np.array([i for i in range(min(a.llm.vocab, b.llm.vocab)) if i not in reserved], np.int32)
+    tokens = rng.choice(usable, (ROWS, BEFORE + TEXT))
     pictures = {px: rng.integers(0, 256, (ROWS, px, px, 3), dtype=np.uint8) for px in sorted(set(sizes[0]))}
     return Inputs(tokens, pictures)
 

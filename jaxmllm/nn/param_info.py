@@ -17,11 +17,13 @@ class ParamInfo:
 
     dims: logical name (mesh.RULES) of each dimension, None for none; in front of them, "layers" for each dimension in
     which layers are stacked. inputs: of a matrix, how many dimensions after those are contracted with its input.
+    linear: whether it is the kernel of a primitives.Linear, which can have an adapter (nn/lora.py).
     """
 
     kind: str
     dims: tuple[str | None, ...]
     inputs: int = 0
+    linear: bool = dataclasses.field(default=False, compare=False)
 
     def stacked(self, ndim: int) -> ParamInfo:
         """The same for a parameter of `ndim` dimensions, of which the first ones stack layers."""
@@ -33,13 +35,19 @@ _described: contextvars.ContextVar[dict[str, ParamInfo] | None] = contextvars.Co
 
 @contextlib.contextmanager
 def describing() -> Iterator[dict[str, ParamInfo]]:
-    """While entered, every parameter that a module makes or reads is described in the dict: path -> ParamInfo."""
+    """While entered, every parameter that a module makes or reads is described in the dict: path -> ParamInfo.
+
+    Inside another one, both get all.
+    """
     found: dict[str, ParamInfo] = {}
     token = _described.set(found)
     try:
         yield found
     finally:
         _described.reset(token)
+    outer = _described.get()
+    if outer is not None:
+        outer |= found
 
 
 def describe_param(path: str, info: ParamInfo) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxmllm import sharded
-from jaxmllm.nn import compiler
+from jaxmllm.nn import compiler, lora
 from jaxmllm.nn.param_info import ParamInfo, describe_param
 
 Init = Callable[..., jax.Array]
@@ -32,10 +32,17 @@ def torch_uniform(fan_in: int) -> Init:
 
 class _Params(nn.Module):
     def weight(
-        self, kind: str, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int = 0
+        self,
+        kind: str,
+        name: str,
+        init: Init,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        inputs: int = 0,
+        linear: bool = False,
     ) -> jax.Array:
         path = "/".join((*self.path, name))
-        describe_param(path, ParamInfo(kind, axes, inputs))
+        describe_param(path, ParamInfo(kind, axes, inputs, linear))
         return self.param(name, lambda key: sharded.shard_param(init(key, shape, jnp.float32), axes, path))
 
 
@@ -44,7 +51,7 @@ class Linear(_Params):
 
     in_axes, out_axes: logical names of those dimensions (mesh.RULES). The length of in_axes says how many trailing
     dimensions of x are contracted. features: sizes of `out`. The kernel has the input dimensions, then the output
-    dimensions.
+    dimensions. Adapters that stand beside the kernel are added (lora.py).
     """
 
     features: tuple[int, ...]
@@ -63,12 +70,14 @@ class Linear(_Params):
         def kernel_init(key, shape, dtype):  # an initialiser sees one matrix
             return init(key, (fan_in, fan_out), dtype).reshape(shape)
 
-        kernel = self.weight("matrix", "kernel", kernel_init, (*inputs, *self.features), axes, n)
+        kernel = self.weight("matrix", "kernel", kernel_init, (*inputs, *self.features), axes, n, True)
         kernel = sharded.gather_param(kernel, axes).astype(x.dtype)
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         y = jax.lax.dot_general(
             x, kernel, (contract, ((), ())), out_sharding=sharded.spec_like(x, x.ndim - n, self.out_axes)
         )
+        if self.has_variable("params", "lora_a"):
+            y = y + lora.branch(self, x)
         if self.use_bias:
             bias_init = zeros if self.kernel_init else torch_uniform(fan_in)
             bias = self.weight("bias", "bias", bias_init, self.features, self.out_axes)

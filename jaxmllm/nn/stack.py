@@ -81,7 +81,9 @@ def scan_layers(layer: nn.Module, count: int, name: str) -> nn.Module:
     """
     axes = {"params": 0, "intermediates": 0}
     rematerialised = nn.remat(_Repeated, prevent_cse=False)
-    scan = nn.scan(rematerialised, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
+    scan = nn.scan(
+        rematerialised, axes, split_rngs={"params": True, "dropout": True}, in_axes=nn.broadcast, length=count
+    )
     return scan(layer, name=name)
 
 
@@ -127,7 +129,7 @@ class Stack(nn.Module):
         scan = nn.scan(
             _Layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=((0, 0, *(nn.broadcast if tree is None else 0 for tree in (cache, own))), nn.broadcast),
             length=self.length,
             unroll=self.length if self.unroll is True else self.unroll,

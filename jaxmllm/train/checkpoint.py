@@ -94,6 +94,10 @@ class StageCheckpoints:
             untrained = ocp.PyTreeCheckpointHandler().metadata(frozen).tree if frozen.exists() else {}
         return {**untrained, **self._state_tree(step)["trainable"]}
 
+    def trained(self, step: int | None = None) -> list[str]:
+        """The parameters that this stage trains."""
+        return list(self._state_tree(step)["trainable"])
+
     def restore_params(self, abstract: Params, step: int | None = None, average: bool = False) -> Params:
         """Parameters after a step (default: the newest), in the dtypes of `abstract`, which need not have all.
 

@@ -17,6 +17,7 @@ from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.config import Run, Stage, part_of
 from jaxmllm.documents import read_document, to_document
 from jaxmllm.errors import ConfigError
+from jaxmllm.nn.lora import adapters, is_adapter
 from jaxmllm.nn.param_info import ParamInfo, describing
 from jaxmllm.recipes import check_resumable
 from jaxmllm.train.checkpoint import StageCheckpoints, abstract_on
@@ -53,7 +54,10 @@ def initial_params(config: Run) -> Params:
     rows = meshes.data_shards(jax.sharding.get_abstract_mesh())
     batch = empty_batch(model.layout, rows, data.seq_len, data.image_slots, model.target_shapes)
     batch = jax.tree.map(lambda x: sharded.shard(jnp.asarray(x), "batch"), batch)
-    return flatten(model.init(jax.random.key(config.seed), batch, tuple(model.objectives))["params"])
+    key = jax.random.key(config.seed)
+    with describing() as infos:
+        params = flatten(model.init(key, batch, tuple(model.objectives))["params"])
+    return params | adapters(config.lora or (), params, infos, key)
 
 
 def abstract_params(config: Run, mesh: jax.sharding.Mesh) -> tuple[Params, dict[str, ParamInfo]]:
@@ -93,7 +97,8 @@ def stage_program(config: Run, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[P
         average = jax.tree.map(jnp.copy, trainable) if stage.ema else {}
         return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable), average)
 
-    step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate, stage.ema)
+    dropout = config.seed if any(each.dropout for each in config.lora or ()) else None
+    step = make_step(config.model, stage.losses, tx, dtype, stage.accumulate, stage.ema, dropout)
     return abstract, new_train_state, jax.jit(step, donate_argnums=0, compiler_options=options(mesh))
 
 
@@ -101,13 +106,14 @@ def check_stages(config: Run, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError or ValueError for what is wrong with any stage, before anything is written.
 
     Random weights may be frozen only if `init` says so: a part without a source must be trained before it is frozen.
+    Training its adapters does not count.
     """
     abstract, infos = abstract_params(config, mesh)
     sources = config.init.sources()
     random = {part_of(path) for path in abstract} - set(sources)
     for stage in config.stages:
         check_micro_batch(config, stage)
-        random -= {part_of(path) for path in trained_paths(stage, infos)}
+        random -= {part_of(path) for path in trained_paths(stage, infos) if not is_adapter(path)}
         for part in sorted(random if "rest" not in sources else ()):
             raise ConfigError(
                 f"stage {stage.name} freezes {part} with random weights; say where its weights come from, "

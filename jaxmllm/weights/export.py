@@ -26,9 +26,9 @@ from jaxmllm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxmllm.documents import to_document
 from jaxmllm.errors import ConfigError
 from jaxmllm.mesh import Mesh
+from jaxmllm.nn.lora import is_adapter
 from jaxmllm.recipes import read_run
 from jaxmllm.train.setup import abstract_params
-from jaxmllm.train.state import Params
 from jaxmllm.weights import hf_write, layouts
 from jaxmllm.weights.convert import Piece, Shape, pieces
 from jaxmllm.weights.exported import KEY_MAP, key_map_document
@@ -82,33 +82,40 @@ def export(
     else the stored one, so nothing is rounded. config: FILE.py[:variant] of a recipe with parts of its own. Raises
     ValueError or FileExistsError, in one line.
     """
-    if Path(folder).exists():
-        raise FileExistsError(f"{folder} exists; an export goes to a new folder")
-    if part not in (None, "llm"):
-        raise ConfigError(f"--part {part}: only llm, the language model, can be exported alone")
+    refuse_folder(folder, part)
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
     source = open_workdir(f"run:{workdir}")
     run = read_run(str(source.workdir), config)
-    mesh = Mesh(fsdp=1).build(jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        abstract, _ = abstract_params(run, mesh)
-    chosen = {path: x for path, x in abstract.items() if not part or path.startswith(f"{part}/")}
-    abstract = {path: x.update(dtype=source.stored[path].dtype) for path, x in chosen.items()}
+    stored = {path: x.update(dtype=source.stored[path].dtype) for path, x in abstract_of(run, part).items()}
+    abstract = {path: x for path, x in stored.items() if not is_adapter(path)}
     tokenizer = load_tokenizer(run.data.tokenizer)
     layout = chosen_layout(run, part, {path: x.shape for path, x in abstract.items()}, image_token(tokenizer))
-    kinds = {np.dtype(x.dtype) for x in abstract.values()}
+    kinds = {np.dtype(x.dtype) for x in stored.values()}
     kind = np.dtype(DTYPES[dtype] if dtype else np.float32 if len(kinds) > 1 else kinds.pop())
 
-    def read(few: Abstract) -> Params:
-        return source.checkpoints.restore_params(few, source.step, average=True)
-
     with complete_folder(folder) as made:
-        shapes = write_tensors(made, layout, abstract, kind, shard_bytes, read)
+        shapes = write_tensors(made, layout, abstract, kind, shard_bytes, source.merged)
         write_configs(made, run, layout, kind)
         notes = write_tokenizer(made, tokenizer, layout)
     count = sum(math.prod(shape) for shape in shapes.values())
     return Exported(folder, source.name, layout.name, layout.why, len(shapes), count, str(kind), notes)
+
+
+def refuse_folder(folder: str, part: str | None) -> None:
+    """Raises FileExistsError for a folder that exists, ConfigError for another part than the language model."""
+    if Path(folder).exists():
+        raise FileExistsError(f"{folder} exists; an export goes to a new folder")
+    if part not in (None, "llm"):
+        raise ConfigError(f"--part {part}: only llm, the language model, can be exported alone")
+
+
+def abstract_of(run: Run, part: str | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of the parameters of a run, or of a part of it, on one device."""
+    mesh = Mesh(fsdp=1).build(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        abstract, _ = abstract_params(run, mesh)
+    return {path: x for path, x in abstract.items() if not part or path.startswith(f"{part}/")}
 
 
 def chosen_layout(run: Run, part: str | None, shapes: Mapping[str, Shape], token: int) -> Layout:

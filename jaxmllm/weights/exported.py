@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmllm.config import Run, part_of
 from jaxmllm.documents import from_document
+from jaxmllm.nn.lora import is_adapter
 from jaxmllm.weights.convert import (
     CONV,
     FLAT,
@@ -97,7 +98,7 @@ class ExportedSource:
 
     def part(self, name: str, module: Any, abstract: Abstract, length: int | None) -> ExportedPart:
         """A part in the folder."""
-        return ExportedPart(self, name, abstract)
+        return ExportedPart(self, name, {path: x for path, x in abstract.items() if not is_adapter(path)})
 
 
 @dataclasses.dataclass(frozen=True)

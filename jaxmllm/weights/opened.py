@@ -42,18 +42,13 @@ class Opened:
 def open_model(text: str, config: str | None = None) -> Opened:
     """Opens WORKDIR[/stage[/step]], with or without "run:" before it, FOLDER or hf:org/name@revision.
 
-    Reads no parameters yet.
-    Of a stage with a moving average, that is taken, as in evaluation. config: FILE.py[:variant] of a run with parts of
-    its own. Raises ValueError, in one line.
+    Reads no parameters yet. Of a run, adapters are merged, and a moving average is taken where the stage has one, as in
+    evaluation. config: FILE.py[:variant] of a run with parts of its own. Raises ValueError, in one line.
     """
     source = open_workdir(f"run:{text}") if is_workdir(text) else open_source(text)
     if isinstance(source, WorkdirSource):
         run = read_run(str(source.workdir), config)
-
-        def restore(abstract: Abstract) -> Params:
-            return source.checkpoints.restore_params(dict(abstract), source.step, average=True)
-
-        return Opened(source.name, run.model, restore)
+        return Opened(source.name, run.model, source.merged)
     model = source.run().model if isinstance(source, ExportedSource) else folder_model(source.path)
     return Opened(text, model, lambda abstract: load_parts(model, {"rest": text}, abstract)[0])
 

@@ -64,6 +64,8 @@ def load_parts(
 ) -> tuple[dict[str, jax.Array], list[PartReport]]:
     """-> (path -> array, for all parameters that do not start at random; a report for each part of the model).
 
+    Adapters (nn/lora.py) start at random, unless the source is a run that has them too.
+
     model: an MLLM. sources: part -> FOLDER, hf:org/name@revision, run:WORKDIR[/stage[/step]] or "random". Parts are
     "llm", "encoders.NAME", "fusers.NAME", "aggregator", "objectives.NAME"; "rest" stands for all that are not named
     (default: random). abstract: path -> shape, dtype and sharding of every parameter of the model; the arrays get
@@ -83,9 +85,10 @@ def load_parts(
     agree([f"{name} {part.source.fingerprint}" for name, part in parts.items()] if not problems else [], problems)
     arrays: dict[str, jax.Array] = {}
     for name, part in parts.items():
-        dtypes = {path: part.stored_dtype(path) for path in own[name] if rates is not None and rates[path] is None}
-        own[name] = {path: x.update(dtype=dtypes.get(path, x.dtype)) for path, x in own[name].items()}
-        arrays |= dataclasses.replace(part, abstract=own[name]).load()
+        dtypes = {path: part.stored_dtype(path) for path in part.abstract if rates is not None and rates[path] is None}
+        typed = {path: x.update(dtype=dtypes.get(path, x.dtype)) for path, x in part.abstract.items()}
+        own[name] |= typed
+        arrays |= dataclasses.replace(part, abstract=typed).load()
     return arrays, [report(name, parts.get(name), params, rates) for name, params in own.items()]
 
 

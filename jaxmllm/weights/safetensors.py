@@ -201,12 +201,12 @@ def create_folder(
         (path / INDEX).write_text(json.dumps(index, indent=1))
     places = {}
     for file, shard in zip(names, shards):
-        places |= _create_file(path / file, {name: tensors[name] for name in shard})
+        places |= create_file(path / file, {name: tensors[name] for name in shard})
     return places
 
 
-def _create_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray]:
-    """One file of the format: the length of the header, 8 bytes; the header, JSON; the tensors one after the other."""
+def create_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray]:
+    """One file of the format, as in `create_folder`: the length of the header, 8 bytes; the header, JSON; the tensors one after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this mark
     end = 0
     for name, (shape, dtype) in tensors.items():

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxmllm.errors import suggest_path
+from jaxmllm.nn.lora import is_adapter
 from jaxmllm.weights import families
 from jaxmllm.weights.convert import KeyMap, misfits
 from jaxmllm.weights.exported import KEY_MAP, ExportedPart, ExportedSource
@@ -46,7 +47,7 @@ class FolderSource:
 
     def part(self, name: str, module: Any, abstract: Abstract, length: int | None) -> FolderPart:
         """A part in the folder."""
-        return FolderPart(self, name, module, abstract, length)
+        return FolderPart(self, name, module, {k: x for k, x in abstract.items() if not is_adapter(k)}, length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,10 @@ import numpy as np
 from jaxmllm.config import part_of
 from jaxmllm.documents import check_format, stages_of
 from jaxmllm.errors import suggest, suggest_path
+from jaxmllm.nn.lora import PARTS, is_adapter, kernel_of
+from jaxmllm.nn.lora import merged as merge
 from jaxmllm.train.checkpoint import StageCheckpoints, open_checkpoints
+from jaxmllm.train.state import Params
 from jaxmllm.weights.hf_config import read_json
 from jaxmllm.weights.load import Abstract
 
@@ -48,8 +51,19 @@ class WorkdirSource:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def part(self, name: str, module: Any, abstract: Abstract, length: int | None) -> WorkdirPart:
-        """A part in the workdir."""
-        return WorkdirPart(self, name, abstract)
+        """A part in the workdir. Adapters that it does not have are left to start at random."""
+        return WorkdirPart(self, name, {k: x for k, x in abstract.items() if k in self.stored or not is_adapter(k)})
+
+    def merged(self, abstract: Abstract) -> Params:
+        """Some parameters, with adapters merged into their kernels, and the moving average where the stage has one."""
+        paths = [path for path in self.stored if is_adapter(path) and kernel_of(path) in abstract]
+        own = {path: _like(self.stored[path], abstract[kernel_of(path)].sharding) for path in paths}
+        found = self.checkpoints.restore_params({**abstract, **own}, self.step, average=True)
+        for kernel in dict.fromkeys(map(kernel_of, paths)):
+            a, b, alpha = (np.asarray(found[f"{kernel.removesuffix('kernel')}{x}"]) for x in PARTS[:3])
+            x = abstract[kernel]
+            found[kernel] = jax.device_put(merge(np.asarray(found[kernel]), a, b, alpha).astype(x.dtype), x.sharding)
+        return {path: found[path] for path in abstract}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +75,12 @@ class WorkdirPart:
     abstract: Abstract
 
     def problems(self) -> list[str]:
-        """Parameters that are missing or have other shapes, in one line."""
+        """Parameters that are missing or have other shapes, in one line; adapters that would be lost."""
         there = {path: tuple(x.shape) for path, x in self.source.stored.items()}
+        adapters = [path for path in there if is_adapter(path) and part_of(path) == self.name]
+        if lost := [path for path in adapters if path not in self.abstract]:
+            mend = "give this run the same `lora`, or start it from a folder of `jaxmllm export`, where they are merged"
+            return [f"{self.source.name} has adapters that would be lost, such as {lost[0]}; {mend}"]
         missing = [path for path in self.abstract if path not in there]
         if len(missing) == len(self.abstract):
             return [f"{self.source.name} has no such part; parts: {', '.join(sorted({part_of(p) for p in there}))}"]
@@ -92,6 +110,12 @@ class WorkdirPart:
     def left_out(self) -> str:
         """Nothing is left out."""
         return ""
+
+
+def _like(stored: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """The whole of a stored array in float32 on the devices of a sharding."""
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(tuple(stored.shape), np.float32, sharding=whole)
 
 
 def open_workdir(text: str) -> WorkdirSource:
