@@ -32,8 +32,8 @@ IN_MEMORY = {
 def export_adapter(workdir: str, folder: str, *, part: str | None = None, config: str | None = None) -> Exported:
     """Exports the adapters of WORKDIR[/stage[/step]]. Arguments as in export.export.
 
-    Raises ValueError or FileExistsError, in one line: for a run without adapters, for a model or layer that transformers
-    does not have.
+    Raises ValueError or FileExistsError, in one line, also for a run without adapters, and for a model or a layer that
+    transformers does not have.
     """
     refuse_folder(folder, part)
     source = open_workdir(f"run:{workdir}")
@@ -79,9 +79,7 @@ def pair(entries: list[Entry], params: dict[str, np.ndarray]) -> tuple[np.ndarra
     entry, prefix = entries[0], entries[0].path.removesuffix("kernel")
     if len(entries) > 1 or not entry.transform.name.startswith("linear:"):
         what = "a convolution" if len(entries) == 1 else "joined with others"
-        raise ConfigError(
-            f"--adapter: {entry.key} is {what} there, so PEFT has no such adapter; export the whole, merged"
-        )
+        raise ConfigError(f"--adapter: {entry.key} is {what}, which PEFT cannot adapt so; export the whole, merged")
     a, b, alpha = (params[prefix + name][entry.index] for name in ("lora_a", "lora_b", "lora_alpha"))
     rank = a.shape[-1]
     return a.reshape(-1, rank).T, b.reshape(rank, -1).T, float(alpha)

@@ -206,7 +206,10 @@ def create_folder(
 
 
 def create_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray]:
-    """One file of the format, as in `create_folder`: the length of the header, 8 bytes; the header, JSON; the tensors one after the other."""
+    """One file, as in `create_folder`.
+
+    The format: the length of the header, 8 bytes; the header, JSON; the tensors one after the other.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this mark
     end = 0
     for name, (shape, dtype) in tensors.items():
