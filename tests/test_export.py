@@ -205,7 +205,7 @@ def test_nothing_is_left_after_an_error(tmp_path, words, monkeypatch):
 
 def test_refusals_and_the_command(tmp_path, words, capsys):
     workdir(tmp_path, text_only(40, inserts=None), words)
-    run, out, near = str(tmp_path / "run"), str(tmp_path / "out"), f"; did you mean '{tmp_path}/run'?"
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
     for args, says in {
         (run, run): f"jaxmllm: {run} exists; an export goes to a new folder",
         (f"{run}/other", out): f"jaxmllm: run:{run}/other: there is no stage 'other'; known: only",

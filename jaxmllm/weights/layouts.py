@@ -19,7 +19,7 @@ from jaxmllm.encoders.vit import ViT
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.fusers.single import Single
 from jaxmllm.mllm import MLLM
-from jaxmllm.weights import encoder_key_maps, families, hf_write, key_maps
+from jaxmllm.weights import encoder_key_maps, families, hf_write, hf_write_decoders, key_maps
 from jaxmllm.weights.convert import KeyMap, Shape, by_key, copy, foreign_shape, join, unfilled
 
 TABLES = ("llm/embedding/embedding", "llm/lm_head/embedding")
@@ -62,7 +62,7 @@ def choose(model: MLLM, shapes: Mapping[str, Shape], length: int, image_token: i
         return own(model, shapes, "; ".join(reasons))
     (encoder,), (name,) = model.encoders.values(), model.encoders
     rows = max(model.llm.vocab, image_token + 1)
-    text, vision = hf_write.text_config(model.llm.clone(vocab=rows), length), hf_write.vision_config(encoder)
+    text, vision = hf_write_decoders.text_config(model.llm.clone(vocab=rows), length), hf_write.vision_config(encoder)
     tower = "vision_tower.vision_model."
     keys = families.LLMS[text["model_type"]](model.llm, "language_model.model", "language_model.lm_head").under(
         "", "llm/"
@@ -76,7 +76,7 @@ def choose(model: MLLM, shapes: Mapping[str, Shape], length: int, image_token: i
 
 def decoder(model: MLLM, length: int) -> Layout | None:
     """The language model alone, None if transformers has none like it."""
-    config = hf_write.text_config(model.llm, length)
+    config = hf_write_decoders.text_config(model.llm, length)
     if config is None:
         return None
     keys = families.LLMS[config["model_type"]](model.llm).under("", "llm/")
@@ -89,7 +89,7 @@ def no_llava(model: MLLM) -> list[str]:
         return [f"{len(model.encoders)} encoders"]
     (encoder,), (fuser,), aggregator = model.encoders.values(), model.fusers.values(), model.aggregator
     reasons = []
-    if hf_write.text_config(model.llm, 1) is None:
+    if hf_write_decoders.text_config(model.llm, 1) is None:
         reasons.append("its decoder is none of transformers'")
     if hf_write.vision_config(encoder) is None:
         reasons.append(f"its {type(encoder).__name__} is no CLIP or SigLIP as it is published")
@@ -129,7 +129,7 @@ def foreign_keys(model: MLLM, part: str, shapes: Mapping[str, Shape]) -> KeyMap 
     """The published keys of a language model or encoder, below the name of the part; None if there is no key map."""
     head = part.replace(".", "_") + "/"
     if part == "llm":
-        config = hf_write.text_config(model.llm.clone(inserts=None), 1)
+        config = hf_write_decoders.text_config(model.llm.clone(inserts=None), 1)
         makers = [families.LLMS[config["model_type"]]] if config else []
         prefix = ""
     else:
