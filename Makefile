@@ -31,22 +31,24 @@ install: $(VENV)/installed
 # A second demo starts over, but keeps the scenes and the compiled programs.
 demo: install
 	@test ! -d $(RUN) || find $(RUN) -mindepth 1 -maxdepth 1 ! -name xla_cache -exec rm -rf {} +
-	@echo "== 1 of 5: composing scenes with exact answers in $(SCENES): half a minute"
+	@echo "== 1 of 6: composing scenes with exact answers in $(SCENES): half a minute"
 	@$(BIN)/jaxmllm data make-scenes $(SCENES)
-	@echo "== 2 of 5: training configs/toy.py in $(RUN), interrupted after its first checkpoint: two to five minutes"
+	@echo "== 2 of 6: training configs/toy.py in $(RUN), interrupted after its first checkpoint: two to five minutes"
 	@$(BIN)/jaxmllm train configs/toy.py --workdir $(RUN) & pid=$$!; \
 	  until ls $(RUN)/align/checkpoints 2>/dev/null | grep -qx '[0-9]*' || ! kill -0 $$pid 2>/dev/null; do sleep 1; done; \
 	  kill -TERM $$pid 2>/dev/null; wait $$pid
-	@echo "== 3 of 5: the same command again resumes: six to ten minutes"
+	@echo "== 3 of 6: the same command again resumes: six to ten minutes"
 	@$(BIN)/jaxmllm train configs/toy.py --workdir $(RUN)
-	@echo "== 4 of 5: asking about scenes that it has never seen: half a minute"
-	@$(BIN)/jaxmllm eval $(RUN) --rows $(SCENES)/heldout.jsonl --train-rows $(SCENES)/train_rows.jsonl
-	@echo "== 5 of 5: talking"
+	@echo "== 4 of 6: talking: a quarter of a minute"
 	@$(BIN)/jaxmllm chat $(RUN) --image $(SCENES)/images/heldout/000004.jpg --prompt "Describe the image."
+	@echo "== 5 of 6: asking about scenes that it has never seen: half a minute"
+	@$(BIN)/jaxmllm eval $(RUN) --rows $(SCENES)/heldout.jsonl --train-rows $(SCENES)/train_rows.jsonl
+	@echo "== 6 of 6: a page with losses, answers, attention, speed and data: a quarter of a minute"
+	@$(BIN)/jaxmllm report $(RUN)
 	@echo "== go on with"
 	@echo "   $(BIN)/jaxmllm chat $(RUN) --image FILE"
 	@echo "   $(BIN)/jaxmllm train configs/toy.py --workdir runs/mine --set stages.instruct.steps=2000"
-	@echo "   docs/your_weights.md: your own weights and data"
+	@echo "   $(BIN)/jaxmllm data check FILE.json --image-root FOLDER     # then docs/your_weights.md: your weights, your data"
 
 test: install
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10

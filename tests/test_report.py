@@ -184,7 +184,7 @@ def test_answers_are_those_of_eval(scenes, workdir):
     asked = rows.asked(rows.rows())
     result = rows.score(asked, ["1"] * len(asked))
     (workdir / "eval.json").write_text(json.dumps(result.details | {"steps": 6}))
-    write(workdir / "eval_replies.jsonl", [{"row": asked[0]["place"], "reply": EVIL}])
+    write(workdir / "eval_replies.jsonl", [{"row": asked[0]["place"], "prompt": asked[0]["prompt"], "reply": EVIL}])
     run = read_files(str(workdir))
     found = {row[0]: row[1:] for row in read(answers.section(run)).rows}
     for name in ("count", "exist"):
@@ -192,6 +192,18 @@ def test_answers_are_those_of_eval(scenes, workdir):
         parts.append(result.details["heldout"]["unparsed_by_kind"][name])
         assert found[name] == [str(result.details["heldout"]["n"][name]), *(f"{p:.1f}%" for p in parts)]
     assert "has no checkpoint yet" in render("", "", [attention.section(run)])
+
+
+def test_answers_of_all_kinds_are_chosen_and_those_of_changed_rows_are_not(scenes, tmp_path):
+    task = CVBench(str(scenes / "heldout.jsonl"))
+    rows = task.rows()
+    replies = [{"row": row["place"], "prompt": row["prompt"], "reply": row["place"]} for row in task.asked(rows)]
+    replies[0]["prompt"] += " Really?"
+    write(tmp_path / "replies.jsonl", replies)
+    chosen = attention.chosen(tmp_path / "replies.jsonl")
+    assert all(row["place"] == reply for row, reply in chosen) and len(chosen) == attention.COUNT
+    assert {row["task"] for row, _ in chosen} == {row["task"] for row in rows}
+    assert rows[0]["place"] not in [reply for _, reply in chosen]
 
 
 def test_other_results_are_shown_as_numbers(workdir):

@@ -109,8 +109,8 @@ def attention_weights(
 ) -> jax.Array:
     """The weights of causal attention: q [B, S, K, G, D], k [B, S, K, D], segments int32[B, S] -> [B, K, G, S, S].
 
-    window, cap: as in nn/attention/choose.py; a window of S hides nothing. The weights are float32; those of a query sum
-    to 1 over the keys that it sees, or are all 0 for padding.
+    window, cap: as in nn/attention/choose.py; a window of S hides nothing. The weights are float32; those of a query
+    sum to 1 over the keys that it sees, or are all 0 for padding.
     """
     scores = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     before = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])  # how far a key stands before a query

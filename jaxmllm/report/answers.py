@@ -41,7 +41,7 @@ def accuracy_table(found: dict[str, Any]) -> Table:
     """The table that `jaxmllm eval` prints."""
     there = [name for name in TITLES if name in found]
     counts, columns = found["heldout"]["n"], [(found[name]["by_kind"], found[name]["overall"]) for name in there]
-    columns.append((found["heldout"]["unparsed_by_kind"], found["heldout"]["unparsed"]))
+    columns.append((found["heldout"].get("unparsed_by_kind", {}), found["heldout"].get("unparsed")))
     rows = [[kind, counts[kind], *(share(by_kind.get(kind)) for by_kind, _ in columns)] for kind in sorted(counts)]
     rows.append(["all", sum(counts.values()), *(share(overall) for _, overall in columns)])
     return Table(["kind", "questions", *(TITLES[name] for name in there), "unparsed"], rows, CAPTION)

@@ -46,17 +46,18 @@ def attention_blocks(run: RunFiles, answers: Sequence[tuple[Row, str]]) -> list[
 
 
 def chosen(replies: Path) -> list[tuple[Row, str]]:
-    """COUNT (row, reply) pairs, taken in turn from each kind of question; rows whose file has gone are left out."""
-    said = {line["row"]: line["reply"] for line in read_lines(replies)}
+    """COUNT (row, reply) pairs, taken in turn from each kind of question; rows whose file has gone, or has other
+    questions in their places, are left out."""
+    said = {line["row"]: line for line in read_lines(replies)}
     files = dict.fromkeys(place.rpartition(":")[0] for place in said if not place.endswith(" shuffled"))
     known = [row for file in files if Path(file).is_file() for row in CVBench(file, shuffled=False).rows()]
-    rows = [row for row in known if row["place"] in said and CVBench("").question(row).images]
+    rows = [row for row in known if row.get("images") and said.get(row["place"], {}).get("prompt") == row["prompt"]]
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(row["task"], []).append(row)
     most = max(map(len, kinds.values()), default=0)
     in_turn = [own[i] for i in range(most) for own in kinds.values() if i < len(own)]
-    return [(row, said[row["place"]]) for row in in_turn[:COUNT]]
+    return [(row, said[row["place"]]["reply"]) for row in in_turn[:COUNT]]
 
 
 def card(row: Row, reply: str, seen: Attention) -> Card:

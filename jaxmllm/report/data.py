@@ -15,7 +15,7 @@ from jaxmllm.report import plots
 from jaxmllm.report.page import Block, Figure, Grid, Missing, Section, Share, Table
 from jaxmllm.report.workdir import RunFiles
 
-LIMIT = 2000  # records of a source that a report measures
+LIMIT = 500  # records of a source that a report measures
 HEAD = [
     "stage",
     "source",
