@@ -29,7 +29,7 @@ from jaxmllm.mesh import Mesh
 from jaxmllm.nn.lora import is_adapter
 from jaxmllm.recipes import read_run
 from jaxmllm.train.setup import abstract_params
-from jaxmllm.weights import hf_write, layouts
+from jaxmllm.weights import hf_write, layouts, released
 from jaxmllm.weights.convert import Piece, Shape, pieces
 from jaxmllm.weights.exported import KEY_MAP, key_map_document
 from jaxmllm.weights.hf_pictures import FILE as PICTURES
@@ -72,13 +72,15 @@ def export(
     folder: str,
     *,
     part: str | None = None,
+    authors: bool = False,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     config: str | None = None,
 ) -> Exported:
     """Exports WORKDIR[/stage[/step]] (default: the newest checkpoint), with the moving average where the stage has one.
 
-    part: "llm" for the language model alone. dtype: of all tensors; default: float32 if any parameter is stored so,
+    part: "llm" for the language model alone. authors: in the layout of released checkpoints (released.py), without
+    encoders. dtype: of all tensors; default: float32 if any parameter is stored so,
     else the stored one, so nothing is rounded. config: FILE.py[:variant] of a recipe with parts of its own. Raises
     ValueError or FileExistsError, in one line.
     """
@@ -90,7 +92,11 @@ def export(
     stored = {path: x.update(dtype=source.stored[path].dtype) for path, x in abstract_of(run, part).items()}
     abstract = {path: x for path, x in stored.items() if not is_adapter(path)}
     tokenizer = load_tokenizer(run.data.tokenizer)
-    layout = chosen_layout(run, part, {path: x.shape for path, x in abstract.items()}, image_token(tokenizer))
+    if authors:
+        abstract = {path: x for path, x in abstract.items() if not path.startswith("encoders_")}
+        layout = released.layout(run.model, max(run.data_of(stage).seq_len for stage in run.stages))
+    else:
+        layout = chosen_layout(run, part, {path: x.shape for path, x in abstract.items()}, image_token(tokenizer))
     kinds = {np.dtype(x.dtype) for x in stored.values()}
     kind = np.dtype(DTYPES[dtype] if dtype else np.float32 if len(kinds) > 1 else kinds.pop())
 

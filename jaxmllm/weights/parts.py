@@ -111,7 +111,7 @@ def open_parts(
     for text in dict.fromkeys(sources.values()):
         if text != RANDOM:
             try:
-                opened[text] = open_source(text)
+                opened[text] = open_source(text, model)
             except ValueError as error:
                 problems.append(str(error))
     texts = {name: sources.get(name, sources.get(REST, RANDOM)) for name in own}

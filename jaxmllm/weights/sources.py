@@ -19,6 +19,7 @@ from jaxmllm.weights.hf_config import differences, read_config
 from jaxmllm.weights.hf_pictures import normalisation_differences
 from jaxmllm.weights.hub import download
 from jaxmllm.weights.load import Abstract, load_arrays, unequal
+from jaxmllm.weights.released import ReleasedPart, ReleasedSource, is_released
 from jaxmllm.weights.safetensors import Folder, open_folder
 from jaxmllm.weights.workdir import WorkdirPart, WorkdirSource, open_workdir
 
@@ -106,20 +107,30 @@ class FolderPart:
         return f"{', '.join(ranges(unused))}: after the last tap" if unused else ""
 
 
-def open_source(text: str) -> FolderSource | ExportedSource | WorkdirSource:
-    """FOLDER (of Hugging Face or of `jaxmllm export`), hf:org/name@revision or run:WORKDIR[/stage[/step]].
+def open_source(text: str, model: Any = None) -> FolderSource | ExportedSource | ReleasedSource | WorkdirSource:
+    """FOLDER (of Hugging Face, of `jaxmllm export`, or released.py), hf:org/name@revision or run:WORKDIR[/stage[/step]].
 
-    Raises ValueError, in one line.
+    model: the MLLM that is to get the weights; a released checkpoint is only read for one. Raises ValueError, in one
+    line.
     """
     if text.startswith("run:"):
         return open_workdir(text)
     if text.startswith("hf:"):
-        return FolderSource(*download(text))
+        return _folder(*download(text), model)
     if not Path(text).is_dir():
         kinds = "a source is FOLDER, hf:org/name@revision, run:WORKDIR or random"
         raise ValueError(f"{text} is no folder{suggest_path(text)}; {kinds}")
-    kind = ExportedSource if (Path(text) / KEY_MAP).is_file() else FolderSource
-    return kind(text, Path(text))
+    return _folder(text, Path(text), model)
+
+
+def _folder(name: str, path: Path, model: Any) -> FolderSource | ExportedSource | ReleasedSource:
+    if (path / KEY_MAP).is_file():
+        return ExportedSource(name, path)
+    if not is_released(path):
+        return FolderSource(name, path)
+    if model is None:
+        raise ValueError(f"{name} is a checkpoint in its authors' layout; train or export a recipe that starts from it")
+    return ReleasedSource(name, path, model)
 
 
 def ranges(names: list[str]) -> list[str]:
@@ -139,4 +150,4 @@ def _follows(entry: tuple[str, str], stem: str, number: int) -> bool:
     return first.rpartition(".")[0] == stem and (last or first.rpartition(".")[2]) == str(number - 1)
 
 
-Part = FolderPart | ExportedPart | WorkdirPart
+Part = FolderPart | ExportedPart | ReleasedPart | WorkdirPart
