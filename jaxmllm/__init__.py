@@ -7,9 +7,9 @@
     mllm.py      the whole model on one page   mesh.py          mesh axes and sharding rules
     sharded.py   operations on split arrays    host_batches.py  numpy batches -> arrays on all devices
     processes.py joins processes, sets malloc  watched.py       what a crashed process was doing
-    bench.py     times real steps              fields.py        whether values fit fields
-    documents.py configs as JSON, and back     json_text.py     JSON of others, bounded
-    json_lines.py  JSON Lines that survive a crash
+    bench.py     times real steps              dry_run.py       what a run would do
+    documents.py configs as JSON, and back     fields.py        whether values fit fields
+    json_text.py JSON of others, bounded       json_lines.py    JSON Lines that survive a crash
     data/        disk -> Batch                 encoders/        picture -> taps
     fusers/      taps -> one map               aggregators/     maps -> visual tokens
     llms/        tokens -> hidden states       objectives/      hidden states -> losses

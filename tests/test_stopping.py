@@ -96,6 +96,18 @@ def test_signals_that_come_together_count_as_one():
     assert process.returncode == 0 and errors.endswith("; again: at once\njaxmllm: stopped\n")
 
 
+def test_an_exception_that_python_drops_is_raised_again():
+    """As in a callback of the garbage collector, of which JAX has one."""
+    body = """import gc
+        signals.starting = False
+        gc.callbacks.append(lambda *_: time.sleep(1.5))
+        print("ready", flush=True); gc.collect(); gc.callbacks.clear(); time.sleep(60)"""
+    process = light(body)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=20)[1]
+    assert process.returncode == 0 and "ignored" in errors and errors.endswith("jaxmllm: stopped\n")
+
+
 def test_threads_that_wait_for_data_do_not_keep_the_process():
     process = light("time.sleep(60)", "import threading; threading.Thread(target=time.sleep, args=(60,)).start()")
     process.send_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """A training process that dies without a word: its parent names the records that were being read."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, jaxmllm, settings
+from tests.conftest import ROOT, settings
 
 LIGHT = """
 import os, signal, sys, threading, time
@@ -89,7 +90,7 @@ from jaxmllm.data.templates import ChatTemplate
 @dataclasses.dataclass(frozen=True)
 class Fragile(ChatTemplate):
     def pieces(self, *record, **options):
-        if "fragile" in str(record):
+        if "fragile" in str(record) and os.path.exists({armed!r}):
             {death}
         return super().pieces(*record, **options)
 
@@ -110,21 +111,27 @@ def config():
     ],
 )
 def test_a_run_whose_loader_fails(scenes, tmp_path, death, says):
-    """One line, exit code 1; what was saved is complete, and training goes on when the record is mended."""
-    recipe, workdir, data = tmp_path / "recipe.py", tmp_path / "run", tmp_path / "align.jsonl"
-    recipe.write_text(RECIPE.format(death=death))
+    """In the middle of training: one line, exit code 1; what was saved is complete, and the run can go on from it."""
+    recipe, workdir, data, armed = (tmp_path / name for name in ("recipe.py", "run", "align.jsonl", "armed"))
+    recipe.write_text(RECIPE.format(death=death, armed=str(armed)))
     records = [json.loads(line) for line in open(scenes / "align.jsonl")]
-    good = json.dumps(records[77]["conversations"])
     records[77]["conversations"][0]["value"] += " fragile"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     values = {"stages.align.sources.0.path": data, "stages.align.sources.0.image_root": scenes}
-    args = ["train", *settings(scenes, str(recipe), **values, **{"stages.align.steps": 40}), "--workdir", workdir]
-    failed = jaxmllm(*args, check=False)
-    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("jaxmllm: ")]
-    assert failed.returncode == 1 and says + str(data) in line and records[77]["image"] in line, failed.stderr
-    assert "Traceback" not in failed.stderr
-    saved = [int(path.name) for path in (workdir / "align" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert saved
-    records[77]["conversations"] = json.loads(good)
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    jaxmllm(*args, "--accept-changed-data")
+    args = [*settings(scenes, str(recipe), **values, **{"stages.align.steps": 4000}), "--workdir", workdir]
+    command = [sys.executable, "-m", "jaxmllm", "train", *map(str, args)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert any(" 2/4000" in line for line in process.stderr)
+    armed.touch()
+    errors = process.stderr.read()
+    (line,) = [line for line in errors.splitlines() if line.startswith("jaxmllm: ")]
+    assert process.wait() == 1 and says + str(data) in line and records[77]["image"] in line, errors
+    assert "Traceback" not in errors
+    armed.unlink()
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    lines = iter(process.stderr)
+    begun = next(int(match[1]) for line in lines if (match := re.match(r"stage align: steps (\d+) to", line)))
+    assert begun >= 1 and any(line.startswith("first step") for line in lines)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 0

@@ -22,6 +22,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--accept-changed-data", action="store_true", help="resume although a data set has changed since the last save"
     )
+    text = "print what would happen, with the time of a few measured steps, and write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=text)
     common.add_distributed(parser)
 
 
@@ -45,8 +47,9 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
 
     config = common.load_run(args)
     workdir = args.workdir or f"runs/{config.name}"
-    use_compile_cache(f"{workdir}/xla_cache")
-    from jaxmllm import processes
+    if not args.dry_run:
+        use_compile_cache(f"{workdir}/xla_cache")
+    from jaxmllm import dry_run, processes
     from jaxmllm.data.build import check_data, make_loader, resolve
     from jaxmllm.eval.periodic import StageEvals
     from jaxmllm.train import loop
@@ -60,6 +63,8 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     check_data(config)
     config = resolve(config, workdir, args.accept_changed_data)
     evals = {stage.name: StageEvals(config, stage, workdir) for stage in config.stages}
+    if args.dry_run:
+        return dry_run.show(config, workdir)
 
     def make(stage):
         return make_loader(config, stage, workdir, args.accept_changed_data)

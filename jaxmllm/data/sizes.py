@@ -93,22 +93,31 @@ def steps_of_epochs(
     these are: a source with a larger share of the mixture than of the records is seen more than once in an epoch, one
     with a smaller share less than once. Only with weights in proportion to the records is each seen exactly once.
 
-    Measured are up to MEASURED records of a source: how many are usable, and, with packing, how many samples a row
-    holds, by packing PACKED samples in the order of the mixture. So the number is exact without packing if all sources
-    are that small, or all records usable; it is always the same for the same data.
-
-    Raises ValueError for epochs that are not positive and for a source without usable records.
+    The number is exact if all records are usable or were measured, and rows are not packed; it is always the same for
+    the same data (epoch_size). Raises ValueError for epochs that are not positive and for a source without usable
+    records.
     """
     if not 0 < epochs < math.inf:
         raise ValueError(f"epochs must be positive and finite, not {epochs}")
+    samples, per_row = epoch_size(sources, spec, packing)
+    return math.ceil(Fraction(str(epochs)) * samples / (rows * per_row))
+
+
+def epoch_size(
+    sources: Sequence[tuple[RecordSource, float]], spec: SampleSpec, packing: bool
+) -> tuple[Fraction, Fraction]:
+    """(usable records of weighted sources, samples in a row).
+
+    Measured are up to MEASURED records of a source: how many are usable, and, with packing, how many samples a row
+    holds, by packing PACKED samples in the order of the mixture. Raises ValueError for a source without usable records.
+    """
     shares = normalized(sources)
     measured = [sample_sizes(source, spec) for source, _ in sources]
     samples = sum(len(source) * found.usable_share for (source, _), found in zip(sources, measured))
-    per_row = Fraction(1)
-    if packing:
-        packed = packed_rows(mixed([found.usable for found in measured], shares, PACKED), spec)
-        per_row = Fraction(sum(map(len, packed)), len(packed))
-    return math.ceil(Fraction(str(epochs)) * samples / (rows * per_row))
+    if not packing:
+        return samples, Fraction(1)
+    packed = packed_rows(mixed([found.usable for found in measured], shares, PACKED), spec)
+    return samples, Fraction(sum(map(len, packed)), len(packed))
 
 
 def mixed(parts: Sequence[Sequence[SampleSize]], shares: Sequence[float], count: int) -> Iterable[SampleSize]:

@@ -109,8 +109,9 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
             with stop.shielded():
                 tools.checkpoints.wait()
         except Stopped:
-            if pending is not None:
-                tools.save(done, state, pending, position)
-            tools.checkpoints.wait()
-            stop.end(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
+            with stop.shielded():
+                if pending is not None:
+                    tools.save(done, state, pending, position)
+                tools.checkpoints.wait()
+                stop.end(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
             raise

@@ -19,6 +19,7 @@ from jaxmllm.watched import leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE = 0.2  # seconds within which signals count as one: `timeout` and some schedulers send each twice
+NUDGE = 1.0  # seconds after which Stopped is raised once more: Python drops what is raised in a callback of its own
 GRACE = 10.0  # seconds that the main thread has to end the process where nothing can be lost
 
 
@@ -40,7 +41,8 @@ class StopSignal:
 
     def __init__(self):
         self.told = 0  # the signal
-        self.starting, self.shield, self.raised, self.ended = True, False, False, False
+        self.starting, self.shield, self.ended = True, False, False
+        self.nudged = False  # the thread has asked the main thread to raise Stopped once more
         self.jax_handler = None  # address of the preemption service's handler of SIGTERM, among several processes
         self.calls = 0  # of `asked`: a count of steps that goes on from stage to stage
         self.deadline: float | None = None  # when the thread ends the process; time.monotonic()
@@ -97,32 +99,36 @@ class StopSignal:
 
     def _tell(self, number: int, _) -> None:
         """Python's handler, in the main thread."""
-        first, self.told = not self.told, number
-        if first and not self.shield:
+        raises, self.told, self.nudged = self.nudged or not self.told, number, False
+        if raises and not self.shield:
             self._raise()
 
     def _raise(self) -> None:
-        if self.told and not self.raised and (self.starting or not self.jax_handler):
-            self.raised = True
+        if self.told and not self.ended and (self.starting or not self.jax_handler):
             raise Stopped
 
     def _listen(self) -> None:
         """The thread: answers signals at once, unless the main thread does, and ends the process if it must."""
-        first, answered = None, False
+        first, answered, nudges, own = 0.0, 0.0, 0, threading.main_thread().ident
         while True:
             now = time.monotonic()
             if self.deadline and now > self.deadline:
                 leave(0)
-            if first and now - first > ONE and not answered:
-                answered = True
+            if first and not answered and now - first > ONE:
+                answered = now
                 self._answer()
+            elif answered and now - answered > NUDGE and not (self.shield or self.ended or self.jax_handler):
+                answered, nudges, self.nudged = now, nudges + 1, True
+                signal.pthread_kill(own, self.told or signal.SIGTERM)
             if not select.select([self.reads], [], [], 0.5 if answered or not first else ONE)[0]:
                 continue
             data = os.read(self.reads, 64)
             if not data:
                 return os.close(self.reads)
-            for number in set(data) & set(SIGNALS):
-                if first is None:
+            for number in (byte for byte in data if byte in SIGNALS):
+                if nudges:
+                    nudges -= 1
+                elif not first:
                     first = time.monotonic()
                     self._first()
                 elif time.monotonic() - first > ONE:
@@ -137,7 +143,7 @@ class StopSignal:
             ctypes.CFUNCTYPE(None, ctypes.c_int)(self.jax_handler)(signal.SIGTERM)
 
     def _answer(self) -> None:
-        if self.raised or self.ended:
+        if self.ended:
             return
         if self.starting:
             say(f"told to stop: nothing is trained yet; ends in {GRACE:.0f} s at the latest")
