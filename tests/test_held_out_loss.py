@@ -65,6 +65,7 @@ def test_bad_samples_are_counted_and_named(case, tmp_path):
     records = [json.loads(line) for line in open(path)]
     records[3]["image"] = "gone.jpg"
     records[5]["conversations"][0]["from"] = "gpt"
+    records[5]["id"] = records[3]["id"]
     broken = str(path).replace("held_out_records", "broken_records")
     open(broken, "w").write("".join(json.dumps(record) + "\n" for record in records))
     task = HeldOutLoss(Source(broken))
@@ -72,7 +73,9 @@ def test_bad_samples_are_counted_and_named(case, tmp_path):
         found = measured(run, params, tmp_path, task)
         assert (found.numbers["samples"], found.numbers["bad"]) == (RECORDS - 2, 2)
     lines = [json.loads(line) for line in open(tmp_path / "bad_eval_samples.jsonl")]
-    assert {line["id"] for line in lines} == {records[3]["id"], records[5]["id"]}
+    assert {(line["source"], line["index"], line["id"]) for line in lines} == {
+        (broken, index, records[3]["id"]) for index in (3, 5)
+    }
 
 
 def test_a_loss_without_targets_is_none(case, tmp_path):

@@ -66,21 +66,26 @@ class SampleMaker:
         return self.sources[source].path, self.orders[source][place]
 
     def __call__(self, source: int, place: int) -> Sample | BadSample:
-        """The sample, or what is wrong with it. Raises RuntimeError, naming the record, if making it fails."""
-        path, index = self.record(source, place)
-        what = f"record {index} of {path}"
-        try:
-            watched.note(what)
-            record = self.sources[source][index]
-            what += "".join(f", {blob.path}" for blob in (*record.images, *record.maps.values()))
-            watched.note(what)
-            return make_sample(record, self.first_ids[source] + index, self.spec)
-        except BadSample as bad:
-            return bad
-        except (Exception, SystemExit) as error:  # the latter would end the run without a word
-            raise RuntimeError(f"making a sample of {what} failed: {type(error).__name__}: {error}") from error
-        finally:
-            watched.note("")
+        """As `sample_or_bad`."""
+        index = self.orders[source][place]
+        return sample_or_bad(self.sources[source], index, self.first_ids[source] + index, self.spec)
+
+
+def sample_or_bad(source: RecordSource, index: int, id: int, spec: SampleSpec) -> Sample | BadSample:
+    """The sample of a record, or what is wrong with it. Raises RuntimeError, naming the record, if making it fails."""
+    what = f"record {index} of {source.path}"
+    try:
+        watched.note(what)
+        record = source[index]
+        what += "".join(f", {blob.path}" for blob in (*record.images, *record.maps.values()))
+        watched.note(what)
+        return make_sample(record, id, spec)
+    except BadSample as bad:
+        return bad
+    except (Exception, SystemExit) as error:  # the latter would end the run without a word
+        raise RuntimeError(f"making a sample of {what} failed: {type(error).__name__}: {error}") from error
+    finally:
+        watched.note("")
 
 
 @dataclasses.dataclass(frozen=True)

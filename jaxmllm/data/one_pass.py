@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from jaxmllm.batch import Batch
 from jaxmllm.data.ahead import map_ahead
 from jaxmllm.data.loader import MAX_SAMPLES, OPEN_ROWS, make_batch
+from jaxmllm.data.mixture import sample_or_bad
 from jaxmllm.data.packing import Bins
-from jaxmllm.data.samples import Sample, SampleSpec, make_sample
+from jaxmllm.data.samples import Sample, SampleSpec
 from jaxmllm.data.sources.record import BadSample, RecordSource
 
 
 def one_pass(
     source: RecordSource,
     spec: SampleSpec,
-    on_bad: Callable[[BadSample], None],
+    on_bad: Callable[[int, BadSample], None],
     *,
     rows: int,
     num_shards: int,
@@ -28,8 +29,9 @@ def one_pass(
 
     Sample i belongs to virtual shard i mod num_shards, which provides rows / num_shards rows of every batch, as in
     Loader. So the batches do not depend on the number of processes. The last ones have empty rows; a process whose
-    shards end early yields fewer batches than others. Arguments as in Loader. Raises ValueError for numbers that do not
-    divide.
+    shards end early yields fewer batches than others. Arguments as in Loader; on_bad is given the index of each bad
+    sample too. Raises ValueError for numbers that do not divide, and RuntimeError, naming the record, if making a
+    sample fails.
     """
     if rows % num_shards or num_shards % process_count:
         raise ValueError(
@@ -49,15 +51,12 @@ def one_pass(
         return make_batch(taken, spec)[0]
 
     def sample(index: int) -> Sample | BadSample:
-        try:
-            return make_sample(source[index], index, spec)
-        except BadSample as bad:
-            return bad
+        return sample_or_bad(source, index, index, spec)
 
     indices = [i for i in range(len(source)) if i % num_shards in own]
     for index, made in zip(indices, map_ahead(sample, indices)):
         if isinstance(made, BadSample):
-            on_bad(made)
+            on_bad(index, made)
         elif row := bins[index % num_shards].add(made, made.size):
             closed[index % num_shards].append(row)
             if all(len(full) >= per_shard for full in closed.values()):

@@ -67,16 +67,17 @@ class HeldOutLoss:
         sums, named = jax.jit(make_sums(run.model, names), compiler_options=options(mesh)), set()
 
         def measure(params: Params, note: Note) -> Result:
-            bad: list[BadSample] = []
-            batches = one_pass(source, spec, bad.append, packing=data.packing, **divided)
+            bad: dict[int, BadSample] = {}
+            batches = one_pass(source, spec, bad.__setitem__, packing=data.packing, **divided)
             totals: dict[str, np.ndarray] = {}
             for batch in in_step(batches, empty):
                 totals = add(totals, jax.device_get(sums(params, host_batches.global_from_rows(batch, mesh))))
-            for each in bad:
-                if each.id not in named:
-                    entry = {"eval": self.name, "id": each.id, "path": each.path, "reason": each.reason}
-                    append_line(f"{workdir}/bad_eval_samples.jsonl", entry)
-                    named.add(each.id)
+            for index in sorted(bad.keys() - named):
+                each = bad[index]
+                place = {"eval": self.name, "source": source.path, "index": index}
+                entry = {**place, "id": each.id, "path": each.path, "reason": each.reason}
+                append_line(f"{workdir}/bad_eval_samples.jsonl", entry)
+                named.add(index)
             return result(totals, names, len(source))
 
         return measure
