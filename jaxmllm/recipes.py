@@ -79,16 +79,16 @@ def override(root: Any, assignments: list[str]) -> Any:
     for text in assignments:
         path, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set {text}: write it as name=value")
+            raise ConfigError(f"--set {shown(text)}: write it as name=value")
         *parents, last = path.split(".")
         branch = tree
         for key in parents:
             branch = branch.setdefault(key, {})
             if isinstance(branch, Assignment):
-                raise ConfigError(f"--set {text}: {branch.text} sets the whole already")
+                raise ConfigError(f"--set {shown(text)}: {branch.text} sets the whole already")
         if isinstance(branch.get(last), dict):
-            raise ConfigError(f"--set {text}: it sets the whole of {_texts(branch[last])[0]}")
-        branch[last] = Assignment(parse(value), text)
+            raise ConfigError(f"--set {shown(text)}: it sets the whole of {_texts(branch[last])[0]}")
+        branch[last] = Assignment(parse(value), shown(text))
     return _apply(root, tree) if tree else root
 
 
@@ -117,7 +117,7 @@ def _texts(tree: dict[str, Any] | Assignment) -> list[str]:
 def _apply(node: Any, tree: dict[str, Any] | Assignment, is_open: bool = False) -> Any:
     if isinstance(tree, Assignment):
         return _checked(node, tree)
-    said = " ".join(_texts(tree))
+    said = shown(" ".join(_texts(tree)), 400)
     if isinstance(node, Mapping):
         known, opened = dict(node), {}
     elif isinstance(node, tuple):
@@ -128,12 +128,12 @@ def _apply(node: Any, tree: dict[str, Any] | Assignment, is_open: bool = False) 
         known = {name: getattr(node, name) for name in field_names(node)}
         opened = {field.name: bool(field.metadata.get("open")) for field in dataclasses.fields(node)}
     else:
-        raise ConfigError(f"--set {said}: {type(node).__name__} has no fields, so no {next(iter(tree))!r}")
+        raise ConfigError(f"--set {said}: {type(node).__name__} has no fields, so no {shown(next(iter(tree)))!r}")
     for key in tree:
         if key not in known and not is_open:
             names = numbers if isinstance(node, tuple) else known
-            wrong, kind = " ".join(_texts(tree[key])), type(node).__name__
-            raise ConfigError(f"--set {wrong}: {kind} has no {key!r}{suggest(key, names)}")
+            wrong, kind = shown(" ".join(_texts(tree[key])), 400), type(node).__name__
+            raise ConfigError(f"--set {wrong}: {kind} has no {shown(key)!r}{suggest(shown(key), names)}")
     changes = {key: _apply(known.get(key), branch, opened.get(key, False)) for key, branch in tree.items()}
     if isinstance(node, Mapping):
         return {**known, **changes}
@@ -144,7 +144,7 @@ def _apply(node: Any, tree: dict[str, Any] | Assignment, is_open: bool = False) 
     try:
         return node.clone(**changes) if isinstance(node, nn.Module) else dataclasses.replace(node, **changes)
     except WRONG as error:
-        raise ConfigError(f"--set {said}: {error}") from error
+        raise ConfigError(f"--set {said}: {shown(error, 500)}") from error
 
 
 def _checked(old: Any, assignment: Assignment) -> Any:
@@ -153,9 +153,10 @@ def _checked(old: Any, assignment: Assignment) -> Any:
         new = float(new)
     if not is_storable(new):
         holds = "None, True, False, texts, finite numbers of 64 bits, and lists and dicts of them"
-        raise ConfigError(f"--set {shown(assignment.text)}: a config holds {holds}")
+        raise ConfigError(f"--set {assignment.text}: a config holds {holds}")
     if old is not None and new is not None and type(old) is not type(new):
-        raise ConfigError(f"--set {assignment.text}: expected {type(old).__name__}, as in {old!r}, not {new!r}")
+        kind = f"expected {type(old).__name__}, as in {shown(repr(old), 80)}, not {shown(repr(new))}"
+        raise ConfigError(f"--set {assignment.text}: {kind}")
     return new
 
 
