@@ -210,7 +210,7 @@ def test_refusals_and_the_command(tmp_path, words, capsys):
         (run, run): f"jaxmllm: {run} exists; an export goes to a new folder",
         (f"{run}/other", out): f"jaxmllm: run:{run}/other: there is no stage 'other'; known: only",
         (f"{run}/only/3", out): f"jaxmllm: run:{run}/only/3: stage only has no step 3; steps: 2",
-        (f"{run}2", out): f"jaxmllm: run:{run}2: {run}2 is no workdir, for it has no config.json{near}",
+        (f"{run}2", out): f"jaxmllm: run:{run}2: {run}2 is no workdir, for it has no config.json; did you mean '{run}'?",
         (run, out, "--part", "vit"): "jaxmllm: --part vit: only llm, the language model, can be exported alone",
         (run, out, "--dtype", "int8"): "jaxmllm: --dtype int8: known are float32, bfloat16, float16",
     }.items():

@@ -1,7 +1,7 @@
-"""Multimodal checkpoints as their authors released them: LLaVA-1.5, MMFuser, Dense Connector, MMVP, Cambrian-1, VisPer-LM.
+"""Released multimodal checkpoints: LLaVA-1.5, MMFuser, Dense Connector, MMVP, Cambrian-1, VisPer-LM.
 
-Such a folder holds the language model, the connector, and task tokens and predictors, in one layout; its config.json has
-fields that start with "mm_". The encoder is mostly not in it and comes from a folder of its own. Which layout it is
+Such a folder holds the language model, the connector, and task tokens and predictors, in one layout; its config.json
+has fields that start with "mm_". The encoder is mostly not in it and comes from a folder of its own. Which layout it is
 follows from the parts of our model (key_map), whose recipe the user writes or takes from configs/.
 """
 

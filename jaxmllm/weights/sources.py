@@ -108,7 +108,7 @@ class FolderPart:
 
 
 def open_source(text: str, model: Any = None) -> FolderSource | ExportedSource | ReleasedSource | WorkdirSource:
-    """FOLDER (of Hugging Face, of `jaxmllm export`, or released.py), hf:org/name@revision or run:WORKDIR[/stage[/step]].
+    """FOLDER (of Hugging Face, `jaxmllm export` or released.py), hf:org/name@revision or run:WORKDIR[/stage[/step]].
 
     model: the MLLM that is to get the weights; a released checkpoint is only read for one. Raises ValueError, in one
     line.
