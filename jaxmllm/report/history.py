@@ -17,7 +17,7 @@ def section(run: RunFiles) -> Section:
     """The section: a plot for each metric, and the last value of each in every stage."""
     if not run.metrics:
         command = f"jaxmllm train CONFIG --workdir {run.folder}"
-        return Section("History", [Missing("No step has been logged yet.", command)])
+        return Section("History", [Missing("No step has been logged in metrics.jsonl yet.", command)])
     blocks: list[Block] = [Text(legend(run))]
     blocks.append(Grid([Figure(plot(run, name)) for name in metric_names(run.metrics)]))
     blocks.append(last_values(run))

@@ -18,9 +18,8 @@ NAMES = {"step_ms": "ms per step", "data_wait": "share of time waiting for data"
 def section(run: RunFiles) -> Section:
     """The section: a table of speeds by stage, time per step over the steps, and the starts."""
     if not run.metrics:
-        return Section(
-            "Speed", [Missing("No step has been logged yet.", f"jaxmllm train CONFIG --workdir {run.folder}")]
-        )
+        command = f"jaxmllm train CONFIG --workdir {run.folder}"
+        return Section("Speed", [Missing("No step has been logged in metrics.jsonl yet.", command)])
     rows = [speed(stage, run.rows_of(stage)) for stage in run.config.stages if run.rows_of(stage)]
     head = ["stage", "steps", "minutes", "ms per step", "rows/s", "tokens/s", "images/s", "waiting for data"]
     has_mfu = any("mfu" in row for row in run.metrics)
