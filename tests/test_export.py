@@ -205,12 +205,12 @@ def test_nothing_is_left_after_an_error(tmp_path, words, monkeypatch):
 
 def test_refusals_and_the_command(tmp_path, words, capsys):
     workdir(tmp_path, text_only(40, inserts=None), words)
-    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    run, out, near = str(tmp_path / "run"), str(tmp_path / "out"), f"; did you mean '{tmp_path}/run'?"
     for args, says in {
         (run, run): f"jaxmllm: {run} exists; an export goes to a new folder",
         (f"{run}/other", out): f"jaxmllm: run:{run}/other: there is no stage 'other'; known: only",
         (f"{run}/only/3", out): f"jaxmllm: run:{run}/only/3: stage only has no step 3; steps: 2",
-        (f"{run}2", out): f"jaxmllm: run:{run}2: {run}2 is no workdir, for it has no config.json; did you mean '{run}'?",
+        (f"{run}2", out): f"jaxmllm: run:{run}2: {run}2 is no workdir, for it has no config.json{near}",
         (run, out, "--part", "vit"): "jaxmllm: --part vit: only llm, the language model, can be exported alone",
         (run, out, "--dtype", "int8"): "jaxmllm: --dtype int8: known are float32, bfloat16, float16",
     }.items():
