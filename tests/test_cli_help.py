@@ -24,7 +24,12 @@ def refused(capsys, *args: str) -> str:
         (["data", "chek", "x"], "jaxmllm data: there is no command 'chek'; did you mean 'check'?"),
         (["train", "x", "--workdri", "y"], "jaxmllm train: it takes no '--workdri'; did you mean '--workdir'?"),
         (["eval", "x", "--rowz", "y"], "jaxmllm eval: it takes no '--rowz'; did you mean '--rows'?"),
-        (["chat", "x", "y"], "jaxmllm chat: it takes no 'y'; known: --config, --help, --image, --prompt, --set"),
+        (
+            ["chat", "x", "y"],
+            "jaxmllm chat: it takes no 'y'; known: --config, --help, --image, --max-new-tokens, "
+            "--prompt, --repetition-penalty, --seed, --set, --stop, "
+            "--temperature, --top-k, --top-p",
+        ),
         (["plan", "x"], "jaxmllm plan: the following arguments are required: --topology"),
         ([], "jaxmllm: the following arguments are required: COMMAND"),
     ],

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmllm import host_batches
+from jaxmllm import host_batches, sharded
 from jaxmllm import mesh as meshes
 from jaxmllm.config import Run
 from jaxmllm.data.ahead import map_ahead
@@ -20,10 +22,12 @@ from jaxmllm.data.samples import Sample, make_sample
 from jaxmllm.data.sources.record import BadSample, Blob, Record, read_file
 from jaxmllm.data.templates import IMAGE
 from jaxmllm.errors import ConfigError
-from jaxmllm.eval.generate import left_pad, make_generate
+from jaxmllm.eval.generate import Generator, State, left_pad
+from jaxmllm.eval.sampling import Sampling, Settings
 from jaxmllm.train.state import Params, unflatten
 
 LENGTH_STEP = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+STOP_EVERY = 16  # tokens after which replies are searched for stop texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +42,13 @@ class Question:
     images: tuple[str | Blob, ...] = ()
     history: tuple[tuple[str, str], ...] = ()  # earlier (prompt, reply) pairs
     place: str = "question"
+    sampling: Sampling = Sampling()
 
     def record(self) -> Record:
         """The question as a record whose last turn waits for its answer."""
-        texts = [text for pair in self.history for text in pair] + [self.prompt]
+        # A model may have written the marker of pictures, which would ask for another picture.
+        said = [(prompt, reply.replace(IMAGE, "")) for prompt, reply in self.history]
+        texts = [text for pair in said for text in pair] + [self.prompt]
         if not any(IMAGE in text for text in texts):
             texts[0] = marked(texts[0], len(self.images))
         turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
@@ -50,13 +57,14 @@ class Question:
 
 
 class Answerer:
-    """A model that answers questions greedily.
+    """A model that answers questions, each as its `sampling` says: by default greedily.
 
     If several processes run, all must ask the same questions, and all get the answers.
     """
 
     def __init__(self, config: Run, params: Params, max_new_tokens: int = 32):
         """params: by path, on the mesh of `config` and in its compute dtype. They may come from anywhere.
+        max_new_tokens: of the longest reply.
 
         Raises ConfigError if the mesh splits sequences.
         """
@@ -69,7 +77,8 @@ class Answerer:
         self.spec = dataclasses.replace(sample_spec(config), targets=None)
         self.tokenizer, self.mesh = self.spec.tokenizer, config.mesh.build()
         self.stop = self.tokenizer.id(self.spec.template.end)
-        self.generate = make_generate(config.model, max_new_tokens, self.stop)
+        vocab = min(config.model.llm.vocab, self.tokenizer.size)
+        self.generator = Generator(config.model, max_new_tokens, (self.stop,), vocab)
 
     def holding(self, params: Params) -> Answerer:
         """The same answerer with other parameters; it compiles nothing again."""
@@ -95,51 +104,75 @@ class Answerer:
 
         Every batch has at least `batch` rows, so that few shapes are compiled.
         """
-        samples = map_ahead(self.sample, questions, batch)
-        while chosen := list(itertools.islice(samples, batch)):
-            yield from self.reply(chosen, batch)
+
+        def prepared(question: Question) -> tuple[Sample, Sampling]:
+            return self.sample(question), question.sampling
+
+        found = map_ahead(prepared, questions, batch)
+        while chosen := list(itertools.islice(found, batch)):
+            yield from self.reply(*zip(*chosen), batch)
 
     def sample(self, question: Question) -> Sample:
         return make_sample(question.record(), 0, self.spec, reply_open=True)
 
-    def reply(self, samples: Sequence[Sample], batch: int) -> list[str]:
+    def reply(self, samples: Sequence[Sample], sampling: Sequence[Sampling], batch: int) -> list[str]:
         """The replies to one batch of samples, padded to `batch` rows."""
+        with jax.set_mesh(self.mesh):
+            state = self.start(samples, sampling, batch, self.generator.most)
+            while True:
+                steps = STOP_EVERY if any(each.stop for each in sampling) else self.generator.most
+                state = self.go_on(state, steps)
+                ids, done, count = jax.device_get((state.out, whole(state.done), state.count))
+                texts = [self.text(row, each.stop) for row, each in zip(ids.tolist(), sampling)]
+                stopped = np.zeros_like(done)
+                stopped[: len(texts)] = [ended for _, ended in texts]
+                stopped[len(texts) :] = texts[0][1]
+                if (done | stopped).all() or count >= self.generator.most:
+                    return [text.strip() for text, _ in texts]
+                done = host_batches.global_from_copies(done | stopped, self.mesh)
+                state = dataclasses.replace(state, done=done)
+
+    def start(self, samples: Sequence[Sample], sampling: Sequence[Sampling], batch: int, more: int) -> State:
+        """The state with the first token of each reply, on the mesh that is set. more: see Generator.prefill.
+
+        Rows are added up to `batch`, and up to a multiple of what the mesh needs: copies of the first.
+        """
         length = -(-max(len(s.tokens) for s in samples) // LENGTH_STEP) * LENGTH_STEP
         shards = meshes.data_shards(self.mesh)
-        rows = [[sample] for sample in samples]
-        rows += rows[:1] * (-(-max(batch, len(rows)) // shards) * shards - len(rows))
-        with jax.set_mesh(self.mesh):
-            prompts, _ = make_batch(rows, dataclasses.replace(self.spec, seq_len=length))
-            prompts = host_batches.global_from_copies(left_pad(prompts), self.mesh)
-            tokens = jax.device_get(self.generate(unflatten(self.params), prompts))
-        return [self.text(row) for row in tokens[: len(samples)].tolist()]
+        count = -(-max(batch, len(samples)) // shards) * shards
+        samples, sampling = ([*x, *x[:1] * (count - len(x))] for x in (list(samples), list(sampling)))
+        prompts, _ = make_batch([[sample] for sample in samples], dataclasses.replace(self.spec, seq_len=length))
+        settings = self.settings(samples, sampling)
+        prompts, settings = host_batches.global_from_copies((left_pad(prompts), settings), self.mesh)
+        return self.generator.prefill(unflatten(self.params), prompts, settings, more)
 
-    def text(self, ids: list[int]) -> str:
-        """The text of a reply up to its stop token, which a tokenizer need not flag as special."""
-        end = ids.index(self.stop) if self.stop in ids else len(ids)
-        return self.tokenizer.decode(ids[:end]).strip()
+    def settings(self, samples: Sequence[Sample], sampling: Sequence[Sampling]) -> Settings:
+        """The settings (numpy) of a batch."""
+        text = [sample.tokens[sample.visual_index < 0] for sample in samples]
+        return Settings.of(sampling, self.generator.most, text, self.generator.vocab)
 
+    def go_on(self, state: State, steps: int) -> State:
+        """Up to `steps` further tokens."""
+        return self.generator.decode(unflatten(self.params), state, *self.on_devices(steps))
 
-class Conversation:
-    """A conversation with a model about one picture file (or none)."""
+    def on_devices(self, *numbers: int) -> list[jax.Array]:
+        """int32 scalars on every device."""
+        return jax.device_put([np.int32(x) for x in numbers], NamedSharding(self.mesh, PartitionSpec()))
 
-    def __init__(self, answerer: Answerer, image: str | None = None):
-        self.answerer, self.images = answerer, (image,) if image else ()
-        self.history: tuple[tuple[str, str], ...] = ()
+    def text(self, ids: list[int], stop: Sequence[str] = ()) -> tuple[str, bool]:
+        """The text of a reply, and whether one of the texts in `stop` ended it.
 
-    def reply(self, prompt: str) -> str:
-        """What the model replies to `prompt` after all that was said before, which may include empty replies.
-
-        Raises BadSample for what cannot be said: the picture cannot be read, the prompt has the marker <image> without
-        a picture of its own, or all together is too long. The conversation can go on with another prompt.
+        It ends at the stop token, which a tokenizer need not flag as special, or before the first of these texts.
         """
-        if not self.history:  # so that a marker in a later turn is not taken for the place of the picture
-            prompt = marked(prompt, len(self.images))
-        question = Question(prompt, self.images, self.history, place="chat")
-        (reply,) = self.answerer.ask([question], batch=1)
-        # A model may write the marker of pictures, which would ask for another one in the next turn.
-        self.history += ((prompt, reply.replace(IMAGE, "")),)
-        return reply
+        text = self.tokenizer.decode(ids[: ids.index(self.stop) if self.stop in ids else len(ids)])
+        places = [text.find(end) for end in stop if end in text]
+        return text[: min(places, default=len(text))], bool(places)
+
+
+@jax.jit
+def whole(x: jax.Array) -> jax.Array:
+    """x on every device, which each process can read."""
+    return sharded.shard(x, *[None] * x.ndim)
 
 
 def marked(text: str, pictures: int) -> str:

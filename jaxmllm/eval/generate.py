@@ -1,12 +1,12 @@
-"""Batched greedy generation with a key-value cache.
+"""Batched generation with a static key-value cache: prefill, then one token a step.
 
-Prompts are padded on the left, so that all rows write their next token into the same slot of the cache. Images enter in
-the prefill only; the visual layers inside the language model do not run in the decode steps.
+Prompts are padded on the left, so that all rows write their next token into the same slot of the cache. Images, and the
+visual layers inside the language model, are worked on in the prefill only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from functools import partial
 
 import jax
@@ -15,52 +15,106 @@ import numpy as np
 
 from jaxmllm import sharded
 from jaxmllm.batch import Batch
+from jaxmllm.eval.sampling import Settings, next_token
 
 
-def make_generate(model, max_new_tokens: int, stop_token: int) -> Callable:
-    """-> jitted generate(params, batch) -> int32[B, max_new_tokens] on every device, filled up with stop_token.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What was generated so far. out holds the stop token where nothing was generated."""
 
-    batch: one left-padded prompt per row (`left_pad`). Recompiles only for another batch shape.
+    cache: dict  # see Decoder.empty_cache
+    slot: jax.Array  # int32; where the cache is written next
+    position: jax.Array  # int32[B]; of the last token of out, which is not in the cache yet
+    out: jax.Array  # int32[B, N]
+    count: jax.Array  # int32; tokens in out, of the rows that are not done
+    done: jax.Array  # bool[B]
+    settings: Settings
+
+
+class Generator:
+    """The compiled programs of one model; they are compiled again for other batch shapes only.
+
+    most: N, the tokens that a reply may have. stops: the tokens that end a reply; the first one fills up `State.out`.
+    vocab: entries of the table beyond this number are never chosen, since the tokenizer does not have them.
     """
 
-    @jax.jit
-    def generate(params, batch: Batch):
-        apply = partial(model.apply, {"params": params})
+    def __init__(self, model, most: int, stops: tuple[int, ...], vocab: int):
+        self.model, self.most, self.stops, self.vocab = model, most, stops, vocab
+        self.prefill = jax.jit(self._prefill, static_argnums=3)
+        self.extend = jax.jit(self._extend, donate_argnums=1)
+        self.decode = jax.jit(self._decode, donate_argnums=1)
+
+    def _prefill(self, params, batch: Batch, settings: Settings, more: int) -> State:
+        """Left-padded prompts (`left_pad`), one a row -> the state with the first token of each reply.
+
+        more: slots of the cache after the prompts.
+        """
+        apply = partial(self.model.apply, {"params": params})
         b, s = batch.tokens.shape
-        table = sharded.shard(apply(method=lambda m: m.llm.output_table()), "vocab", None)
-        cache = jax.tree.map(shard_cache, model.llm.empty_cache(b, s + max_new_tokens, table.dtype))
-        states, _, cache, _ = apply(batch, (), cache, method="hidden")
-        first = likeliest_token(states[:, -1], table)
-        lengths = batch.positions[:, -1] + 1
+        cache = self.model.llm.empty_cache(b, s + more, self._table(params).dtype)
+        states, _, cache, _ = apply(batch, (), jax.tree.map(shard_cache, cache), method="hidden")
+        return self._first(params, states[:, -1], cache, jnp.int32(s), batch.positions[:, -1] + 1, settings)
+
+    def _extend(self, params, cache, slot, tokens, first, count, settings: Settings) -> State:
+        """The same prompt in every row goes on after `slot` slots of a cache -> the state with the reply's first token.
+
+        tokens: int32[B, S], right-padded, of which `count` are text; first: the position of the first.
+        """
+        places = jnp.arange(tokens.shape[1])
+        positions = sharded.shard(jnp.broadcast_to(first + places, tokens.shape), "batch", None)
+        segments = sharded.shard(jnp.broadcast_to((places < count).astype(jnp.int32), tokens.shape), "batch", None)
+        apply = partial(self.model.apply, {"params": params})
+        states, _, cache, _ = apply(tokens, positions, segments, cache, slot, method=decode_step)
+        last = jax.lax.dynamic_index_in_dim(states, count - 1, 1, keepdims=False)
+        position = sharded.shard(jnp.full(tokens.shape[:1], first + count, jnp.int32), "batch")
+        return self._first(params, last, cache, slot + count, position, settings)
+
+    def _first(self, params, states, cache, slot, position, settings: Settings) -> State:
+        out = jnp.full((states.shape[0], self.most), self.stops[0], jnp.int32)
+        done = sharded.shard(jnp.zeros(states.shape[:1], bool), "batch")
+        state = State(cache, slot, position, sharded.shard(out, None, None), jnp.int32(0), done, settings)
+        return self._choose(params, states, state)
+
+    def _decode(self, params, state: State, steps: jax.Array) -> State:
+        """Up to `steps` further tokens, until all rows are done."""
+        apply = partial(self.model.apply, {"params": params})
 
         def step(carry):
-            i, token, done, cache, out = carry
-            out = jnp.where(jnp.arange(max_new_tokens) == i, token[:, None], out)
-            states, _, cache, _ = apply(token, lengths + i, cache, s + i, method=decode_step)
-            new = jnp.where(done, stop_token, likeliest_token(states[:, 0], table))
-            return i + 1, new, done | (new == stop_token), cache, out
+            i, state = carry
+            last = jax.lax.dynamic_index_in_dim(state.out, state.count - 1, 1)
+            token, position = sharded.shard(last, "batch", None), state.position[:, None]
+            states, _, cache, _ = apply(
+                token, position, jnp.ones_like(token), state.cache, state.slot, method=decode_step
+            )
+            state = dataclasses.replace(state, cache=cache, slot=state.slot + 1, position=state.position + 1)
+            return i + 1, self._choose(params, states[:, 0], state)
 
         def unfinished(carry):
-            i, _, done, _, out = carry
-            return (i < max_new_tokens) & ~done.all()
+            i, state = carry
+            return (i < steps) & ~state.done.all() & (state.count < self.most)
 
-        out = sharded.shard(jnp.full((b, max_new_tokens), stop_token, jnp.int32), "batch", None)
-        carry = (jnp.int32(0), first, first == stop_token, cache, out)
-        return sharded.shard(jax.lax.while_loop(unfinished, step, carry)[-1], None, None)
+        return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
-    return generate
+    def _choose(self, params, states: jax.Array, state: State) -> State:
+        """The state with one more token in each row that is not done, chosen from the last states [B, H]."""
+        table = sharded.shard(self._table(params), "vocab", None)
+        logits = jnp.einsum("bh,vh->bv", states, table, preferred_element_type=jnp.float32)
+        logits = sharded.shard(logits, "batch", None)[:, : self.vocab]
+        token, settings = next_token(logits, self.model.llm.logit_cap, state.settings, state.count)
+        token = jnp.where(state.done, self.stops[0], token)
+        stopped = (token[:, None] == jnp.array(self.stops)).any(1) | (state.count + 1 >= settings.limit)
+        whole = sharded.shard(token, None)[:, None]
+        out = jnp.where(jnp.arange(self.most) == state.count, whole, state.out)
+        return dataclasses.replace(state, out=out, count=state.count + 1, done=state.done | stopped, settings=settings)
+
+    def _table(self, params) -> jax.Array:
+        return self.model.apply({"params": params}, method=lambda m: m.llm.output_table())
 
 
-def decode_step(model, token: jax.Array, position: jax.Array, cache, index: jax.Array):
-    """One token per row, int32[B], at its position, int32[B] -> (states [B, 1, H], taps, cache)."""
-    segments = jnp.ones_like(token)[:, None]
-    return model.llm(model.llm.embed(token[:, None]), position[:, None], segments, cache=cache, cache_index=index)
-
-
-def likeliest_token(states: jax.Array, table: jax.Array) -> jax.Array:
-    """The most likely next token: states [B, H], table [V, H] -> int32[B]."""
-    logits = jnp.einsum("bh,vh->bv", states, table, preferred_element_type=jnp.float32)
-    return sharded.shard(logits, "batch", None).argmax(-1).astype(jnp.int32)
+def decode_step(model, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache, slot: jax.Array):
+    """Text, int32[B, S], that goes on after a cache -> (states [B, S, H], taps, cache, aux)."""
+    return model.llm(model.llm.embed(tokens), positions, segments, cache=cache, cache_index=slot)
 
 
 def shard_cache(x: jax.Array) -> jax.Array:
