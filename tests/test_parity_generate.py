@@ -50,7 +50,16 @@ def expected(model, prompts, **options) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "family, penalty",
-    [("llama3_1", 1.0), ("llama2", 1.3), ("mistral_window", 1.0), ("qwen3", 1.0), ("gemma2", 1.3), ("gemma3", 1.0)],
+    [
+        ("llama3_1", 1.0),
+        ("llama2", 1.3),
+        ("mistral_window", 1.0),
+        ("qwen3", 1.0),
+        ("phi3", 1.0),
+        ("gemma2", 1.3),
+        ("gemma3", 1.0),
+        ("smollm3", 1.0),
+    ],
 )
 def test_greedy(family, penalty, tmp_path):
     """Prompts of 11, 6 and 4 tokens in one batch. Windows are shorter than the prompts."""

@@ -16,6 +16,7 @@ from jaxmllm.config import Data, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.mixture import normalized
+from jaxmllm.data.own_template import OwnTemplate
 from jaxmllm.data.samples import SampleSpec
 from jaxmllm.data.sizes import steps_of_epochs
 from jaxmllm.data.sources.open import open_source
@@ -31,14 +32,16 @@ MAX_SHARDS = 256  # virtual shards by default
 def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
     """How records become samples, in a stage or in general.
 
-    Raises ConfigError if the tokenizer has more tokens than the model.
+    Raises ConfigError if the tokenizer has more tokens than the model, ValueError for an OwnTemplate that it cannot
+    have.
     """
     data, model = run.data_of(stage) if stage else run.data, run.model
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
         raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, but model.llm.vocab is {model.llm.vocab}")
-    lengths = data.seq_len, data.image_slots
-    return SampleSpec(tokenizer, data.template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
+    own = isinstance(data.template, OwnTemplate)
+    template, lengths = data.template.of(data.tokenizer) if own else data.template, (data.seq_len, data.image_slots)
+    return SampleSpec(tokenizer, template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ class ChatTemplate:
     image_first: bool  # move the only IMAGE of a turn to its start, followed by a newline, as LLaVA does
     question: bool = True  # False: only the pictures of a question are kept
     around_system: tuple[str, str] = ("", "")
+    system_in_question: bool = False  # the system text stands inside the first question, after user[0]
     lead: str = ""  # before an answer, trained: the blank that tokenizers join to its first word
     control: tuple[str, ...] | None = None  # the control tokens; None: whatever looks like <this> in the other fields
 
@@ -47,12 +48,12 @@ class ChatTemplate:
 
         The last answer may be None, which leaves the reply open. system: the record's own text.
         """
-        pieces, system = [Piece(self.begin, False)], system or self.system
-        if system:
-            before, after = self.around_system
-            pieces += [Piece(before, False), Piece(system, False, own=False), Piece(after, False)]
+        (before, after), system = self.around_system, system or self.system
+        around = [Piece(before, False), Piece(system, False, own=False), Piece(after, False)] if system else []
+        pieces = [Piece(self.begin, False)] + ([] if self.system_in_question else around)
         for k, (question, answer) in enumerate(exchanges):
             pieces.append(Piece((self.between if k else "") + self.user[0], False))
+            pieces += around if self.system_in_question and not k else []
             pieces.append(Piece(self._user_text(question), False, own=False))
             pieces.append(Piece(self.user[1] + self.assistant, False))
             if answer is not None:
@@ -65,6 +66,11 @@ class ChatTemplate:
         if self.image_first and question.count(IMAGE) == 1:
             return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
         return question
+
+    @property
+    def stop(self) -> str:
+        """The token that ends an answer: the control token in `end`."""
+        return next((marker for marker in self.markers() if marker in self.end), self.end)
 
     def markers(self) -> list[str]:
         """The control tokens of the template, which the tokenizer must have."""
@@ -114,6 +120,67 @@ CHATML = ChatTemplate(
     user=("<|im_start|>user\n", "<|im_end|>\n"),
     assistant="<|im_start|>assistant\n",
     end="<|im_end|>",
+    between="\n",
+    image_first=True,
+)
+
+LLAMA2 = ChatTemplate(
+    name="llama2",
+    begin="<s>",
+    system="",
+    around_system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+    system_in_question=True,
+    user=("[INST] ", " [/INST]"),
+    assistant="",
+    lead=" ",
+    end=" </s>",
+    between="<s>",
+    image_first=True,
+    control=("<s>", "</s>"),
+)
+
+# Mistral-7B-Instruct v0.1 and v0.2
+MISTRAL = ChatTemplate(
+    name="mistral",
+    begin="<s>",
+    system="",
+    around_system=("", "\n\n"),
+    system_in_question=True,
+    user=("[INST] ", " [/INST]"),
+    assistant="",
+    lead=" ",
+    end="</s>",
+    between="",
+    image_first=True,
+    control=("<s>", "</s>"),
+)
+
+# Its v0.3, whose tokenizer has [INST] and [/INST] as tokens
+MISTRAL_V3 = dataclasses.replace(
+    MISTRAL, name="mistral_v3", user=("[INST] ", "[/INST]"), control=("<s>", "</s>", "[INST]", "[/INST]")
+)
+
+PHI3 = ChatTemplate(
+    name="phi3",
+    begin="",
+    system="",
+    around_system=("<|system|>\n", "<|end|>\n"),
+    user=("<|user|>\n", "<|end|>\n"),
+    assistant="<|assistant|>\n",
+    end="<|end|>",
+    between="\n",
+    image_first=True,
+)
+
+GEMMA = ChatTemplate(
+    name="gemma",
+    begin="<bos>",
+    system="",
+    around_system=("", "\n\n"),
+    system_in_question=True,
+    user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+    assistant="<start_of_turn>model\n",
+    end="<end_of_turn>",
     between="\n",
     image_first=True,
 )

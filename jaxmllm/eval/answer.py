@@ -76,7 +76,7 @@ class Answerer:
         self.config, self.params = config, params
         self.spec = dataclasses.replace(sample_spec(config), targets=None)
         self.tokenizer, self.mesh = self.spec.tokenizer, config.mesh.build()
-        self.stop = self.tokenizer.id(self.spec.template.end)
+        self.stop = self.tokenizer.id(self.spec.template.stop)
         vocab = min(config.model.llm.vocab, self.tokenizer.size)
         self.generator = Generator(config.model, max_new_tokens, (self.stop,), vocab)
 

@@ -65,7 +65,7 @@ def answered(question: Question, reply: str, answerer: Answerer) -> Sample:
     if not reply:
         sample = answerer.sample(question)
         labels = np.full_like(sample.labels, IGNORE_LABEL)
-        labels[-1] = answerer.tokenizer.id(answerer.spec.template.end)
+        labels[-1] = answerer.stop
         return dataclasses.replace(sample, labels=labels)
     turns = [*record.data["conversations"], {"from": "gpt", "value": reply}]
     record = dataclasses.replace(record, data={"conversations": turns})
