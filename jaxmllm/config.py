@@ -44,7 +44,7 @@ class Data:
     """How records become rows. A stage may replace any of these fields (Stage.data)."""
 
     tokenizer: str  # Hugging Face tokenizer folder
-    template: Any = dataclasses.field(metadata=has("image_first"))  # data.templates.ChatTemplate or OwnTemplate
+    template: Any = dataclasses.field(metadata=has("of"))  # data.templates.ChatTemplate, OwnTemplate
     seq_len: int  # S, tokens of a row
     image_slots: int  # I, images of a row
     targets: Any = dataclasses.field(default=None, metadata=has("spec"))  # data.targets: where targets come from

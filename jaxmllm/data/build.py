@@ -16,7 +16,6 @@ from jaxmllm.config import Data, Run, Stage
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.mixture import normalized
-from jaxmllm.data.own_template import OwnTemplate
 from jaxmllm.data.samples import SampleSpec
 from jaxmllm.data.sizes import steps_of_epochs
 from jaxmllm.data.sources.open import open_source
@@ -39,8 +38,7 @@ def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.size > model.llm.vocab:
         raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, but model.llm.vocab is {model.llm.vocab}")
-    own = isinstance(data.template, OwnTemplate)
-    template, lengths = data.template.of(data.tokenizer) if own else data.template, (data.seq_len, data.image_slots)
+    template, lengths = data.template.of(data.tokenizer), (data.seq_len, data.image_slots)
     return SampleSpec(tokenizer, template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
 
 

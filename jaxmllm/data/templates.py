@@ -43,6 +43,10 @@ class ChatTemplate:
     lead: str = ""  # before an answer, trained: the blank that tokenizers join to its first word
     control: tuple[str, ...] | None = None  # the control tokens; None: whatever looks like <this> in the other fields
 
+    def of(self, path: str) -> ChatTemplate:
+        """The template for a tokenizer's folder: this one. (OwnTemplate has another for each.)"""
+        return self
+
     def pieces(self, exchanges: Iterable[tuple[str, str | None]], system: str | None = None) -> list[Piece]:
         """(question, answer) pairs -> pieces, whose joined texts are the rendered string.
 
