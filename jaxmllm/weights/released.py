@@ -1,8 +1,8 @@
-"""Released multimodal checkpoints: LLaVA-1.5, MMFuser, Dense Connector, MMVP, Cambrian-1, VisPer-LM.
+"""Multimodal checkpoints in their authors' layouts: LLaVA-1.5, MMFuser, Dense Connector, MMVP, Cambrian-1, VisPer-LM.
 
-Such a folder holds the language model, the connector, and task tokens and predictors, in one layout; its config.json
-has fields that start with "mm_". The encoder is mostly not in it and comes from a folder of its own. Which layout it is
-follows from the parts of our model (key_map), whose recipe the user writes or takes from configs/.
+Such a folder holds the language model, the connector, and task tokens and predictors; its config.json has fields that
+start with "mm_". The encoder is mostly not in it and comes from a folder of its own. Which layout it is follows from
+the parts of our model (key_map), whose recipe the user writes or takes from configs/.
 """
 
 from __future__ import annotations
@@ -140,10 +140,9 @@ class ReleasedPart(ExportedPart):
 
     def _tower(self) -> KeyMap:
         shapes = {path: x.shape for path, x in self.abstract.items()}
-        for prefix in TOWERS:
-            for make in (
-                encoder_makers(self.module) if any(key.startswith(prefix) for key in self.source.folder) else ()
-            ):
+        there = [prefix for prefix in TOWERS if any(key.startswith(prefix) for key in self.source.folder)]
+        for prefix in there:
+            for make in encoder_makers(self.module):
                 keys = make(self.module).under(prefix, self.name.replace(".", "_") + "/")
                 if not unfilled(keys, shapes):
                     return keys
