@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -24,6 +25,7 @@ from jaxmllm.weights import encoder_key_maps, released
 from jaxmllm.weights.convert import export_weights
 from jaxmllm.weights.export import export
 from jaxmllm.weights.parts import load_parts
+from jaxmllm.weights.released_model import model_of
 from jaxmllm.weights.safetensors import open_folder, write_folder
 from tests.run_case import abstract_of, random_of, run_of, save
 from tests.test_export import words  # noqa: F401
@@ -163,3 +165,37 @@ def test_refusals(tmp_path, words):  # noqa: F811
     other = mllm(aggregator=SVA(16, 2, depth=1, heads=4)).clone(aggregator=None, encoders={}, fusers={})
     with pytest.raises(ValueError, match="no released checkpoint has 0 encoders and NoneType"):
         released.key_map(other)
+
+
+CAMBRIAN = {
+    "model_type": "cambrian_llama", "mm_projector_type": "sva", "image_token_len": 4, "vision_hidden_size": 16,
+    "query_num_list": [4], "num_query_group": 1, "connector_depth": 2, "connector_only": False,
+    "num_of_vision_sampler_layers": 2, "start_of_vision_sampler_layers": 0, "stride_of_vision_sampler_layers": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("llava", {}),
+        ("dense_connector", {"mm_dense_connector_type": "sci"}),
+        ("mmfuser", {}),
+        ("cambrian", CAMBRIAN),
+    ],
+)
+def test_the_model_of_a_folder(tmp_path, words, name, config):  # noqa: F811
+    model = MODELS[name][0]
+    folder_of(tmp_path, model, random_of(run_of(model, words)), **config)
+    found = model_of(tmp_path, model.encoders)
+    if name == "cambrian":  # which has 16 heads, the toy 4
+        layer = dataclasses.replace(found.llm.inserts, layer=found.llm.inserts.layer.clone(heads=4))
+        found = found.clone(aggregator=found.aggregator.clone(heads=4), llm=found.llm.clone(inserts=layer))
+    if name == "mmfuser":
+        found = found.clone(fusers={"a": MMFuser(4, 2)})
+    assert found.clone(llm=found.llm.clone(head_dim=None)) == model
+
+
+def test_an_unknown_projector_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"mm_projector_type": "CAbstractor"}))
+    with pytest.raises(ValueError, match="mm_projector_type 'CAbstractor' with 1 encoders is not known"):
+        model_of(tmp_path, MODELS["llava"][0].encoders)
