@@ -128,7 +128,7 @@ def test_sliding_window_and_length(tmp_path):
     write_folder(tmp_path, llama(MODEL, PARAMS))
     write(tmp_path, TEXT | {"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 128})
     assert_equal(load_parts(MODEL, {"llm": str(tmp_path)}, ABSTRACT, length=64)[0], ("llm/",))
-    assert "sliding_window 64 is shorter than 65 tokens" in refused({"llm": str(tmp_path)}, length=65)
+    assert "sliding_window 64 there, window None here" in refused({"llm": str(tmp_path)}, length=65)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -166,7 +166,7 @@ def test_pixels_must_be_normalised_as_the_folder_says(tmp_path):
 def workdir(tmp_path_factory):
     """Two stages: align trained the aggregator for 2 steps, instruct everything but the encoder, in steps 1 and 3."""
     root = tmp_path_factory.mktemp("workdir")
-    stages = [{"class": "jaxmllm.config:Stage", "name": name} for name in ("align", "instruct", "later")]
+    stages = [{"class": "jaxmllm.config:Stage", "name": name, "steps": 3} for name in ("align", "instruct", "later")]
     (root / "config.json").write_text(json.dumps({"format": FORMAT, "stages": stages}))
 
     def save(stage: str, trained: tuple[str, ...], steps: tuple[int, ...]):
