@@ -18,8 +18,9 @@ from tests.tiny_run import random_params, tiny_run
 
 @pytest.fixture(scope="module")
 def answerer(scenes):
+    """Of random weights that are large enough for the replies to differ."""
     run = tiny_run(scenes)
-    return Answerer(run, random_params(run), max_new_tokens=5)
+    return Answerer(run, {path: 4 * x for path, x in random_params(run).items()}, max_new_tokens=5)
 
 
 @pytest.fixture(scope="module")
