@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from jaxmllm.data.templates import ChatTemplate
+from jaxmllm.hf_library import transformers
 
 STAND_INS = ("Qsystem", "Qone", "Qtwo", "Qthree", "Qfour")  # what a template could trim, translate or split has none
 
@@ -25,10 +26,7 @@ class OwnTemplate:
 
     def of(self, path: str) -> ChatTemplate:
         """The template of a tokenizer's folder. Raises ValueError, in one line, if it has none that can be used."""
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer {path} has no chat_template; name a template of jaxmllm.data.templates")
         try:

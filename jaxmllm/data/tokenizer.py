@@ -15,6 +15,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxmllm.errors import suggest_path
+from jaxmllm.hf_library import transformers
 
 SPECIAL = ("<pad>", "<unk>", "<image>", "<user>", "<assistant>", "<end>")
 
@@ -54,9 +55,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     if file.is_file():
         backend = Backend.from_file(str(file))
     elif (Path(path) / "tokenizer_config.json").is_file():  # a SentencePiece model; transformers converts it
-        from transformers import AutoTokenizer
-
-        backend = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
+        backend = transformers().AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
     else:
         need = "it must be a folder with tokenizer.json or tokenizer_config.json"
         raise ValueError(f"no tokenizer at {path}{suggest_path(path)}: {need}")

@@ -7,12 +7,12 @@ Rates of dropout belong to a recipe of training and are not read.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxmllm import json_text
+from jaxmllm.hf_library import transformers
 
 # model_type -> part -> the place of its config inside config.json ("" is the whole)
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3")
@@ -66,12 +66,8 @@ def read_config(folder: str | Path) -> Any:
     scaling = raw.get("rope_scaling")
     if raw["model_type"] == "phi3" and isinstance(scaling, dict) and scaling.get("type") in ("su", "yarn"):
         raw["rope_scaling"] = {**scaling, "type": "longrope"}  # its name in Phi-3's first files
-    # Without PyTorch, transformers says at import that its models are missing; only its configs are used here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.for_model(**raw)
+        config = transformers().AutoConfig.for_model(**raw)
     except Exception as error:  # a wrong value raises almost anything
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     for part, place in HELD[config.model_type].items():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers import AutoConfig
-
+from jaxmllm.hf_library import transformers
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.nn.rope import LongRope
 from jaxmllm.weights.hf_config import ACTIVATIONS, GEMMAS, differences, effective
@@ -62,7 +61,7 @@ def text_config(decoder: Any, length: int) -> dict[str, Any] | None:
             "final_logit_softcapping": decoder.logit_cap,
         }
     try:
-        found = described(AutoConfig.for_model(**config), length)
+        found = described(transformers().AutoConfig.for_model(**config), length)
     except Exception:  # transformers' classes refuse what they cannot be with almost any error
         return None
     return None if differences(found, decoder) else config

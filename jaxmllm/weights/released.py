@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from jaxmllm.aggregators.mlp import MLPProjector
 from jaxmllm.aggregators.mof import InterleavedMoF
 from jaxmllm.aggregators.sva import SVA
 from jaxmllm.config import part_of
 from jaxmllm.fusers.mmfuser import MMFuser
+from jaxmllm.hf_library import transformers
 from jaxmllm.mllm import MLLM
 from jaxmllm.nn.lora import is_adapter
 from jaxmllm.objectives.embed_distill import EmbedDistill
@@ -107,7 +107,7 @@ class ReleasedSource:
         raw = read_json(self.path / "config.json")
         base = next((name for name in BASES if str(raw.get("model_type")).endswith(name)), "llama")
         try:
-            return AutoConfig.for_model(base, **{k: v for k, v in raw.items() if k != "model_type"})
+            return transformers().AutoConfig.for_model(base, **{k: v for k, v in raw.items() if k != "model_type"})
         except Exception as error:  # a wrong value raises almost anything
             raise ValueError(f"{self.path / 'config.json'}: {' '.join(str(error).split())}") from None
 
