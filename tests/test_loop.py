@@ -59,7 +59,7 @@ class Model:
     def counts(self, batch, names):
         return {"next_token": jnp.int32(batch.shape[0])}
 
-    def apply(self, variables, batch, names):
+    def apply(self, variables, batch, names, rngs=None):
         values = jnp.square(batch.astype(jnp.float32) @ variables["params"]["w"] - 1)
         return {"next_token": Term(values, jnp.ones(values.shape, bool))}, {}
 
