@@ -19,7 +19,7 @@ from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.embed_distill import EmbedDistill
 from jaxmllm.objectives.next_token import NextToken
-from jaxmllm.train.optimizers import Muon
+from jaxmllm.train.optimizers import AdamW, Muon
 from jaxmllm.train.schedules import Cosine
 
 SCENES = "data/scenes"
@@ -99,7 +99,7 @@ def config() -> Run:
 
 
 def tiny() -> Run:
-    """Two layers of each part and a few steps, for the tests."""
+    """Two layers of each part and a few steps of AdamW, which compiles faster than Muon, for the tests."""
     base = config()
     vit = {"width": 32, "layers": 2, "heads": 2, "mlp": 32, "stem": ()}
     parts = base.model
@@ -115,5 +115,9 @@ def tiny() -> Run:
         llm=parts.llm.clone(width=32, layers=3, heads=2, kv_heads=2, mlp=32, inserts=inserts),
         objectives={**parts.objectives, **maps},
     )
-    stages = tuple(dataclasses.replace(stage, steps=4, rows=8) for stage in base.stages)
+    optim = AdamW(lr=2e-3, weight_decay=0.05, b2=0.98)
+    stages = tuple(
+        dataclasses.replace(stage, steps=4, rows=8, optim=dataclasses.replace(optim, schedule=stage.optim.schedule))
+        for stage in base.stages
+    )
     return dataclasses.replace(base, name="tiny", model=model, stages=stages, save_every=2, log_every=1)
