@@ -38,15 +38,15 @@ def wait_for_ever(name: str) -> None:
 
 
 class Batches(test_loop.Batches):
-    """A loader whose data never comes after the third batch."""
+    """A loader whose data never comes: at all, or after the third batch."""
 
     def __init__(self, rows: int, phase: str):
         super().__init__(rows // jax.process_count())
         self.phase = phase
 
     def __next__(self):
-        if self.phase == "data" and self.place == 3:
-            wait_for_ever("data")
+        if (self.phase, self.place) in (("first data", 0), ("data", 3)):
+            wait_for_ever(self.phase)
         return super().__next__()
 
 

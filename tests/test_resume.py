@@ -145,8 +145,7 @@ def test_training_again_after_the_last_step_does_nothing(scenes, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("phase", ["compiling", "training"])
-def test_sigterm_saves_a_checkpoint(scenes, tmp_path, phase):
+def test_sigterm_saves_a_checkpoint(scenes, tmp_path):
     args = settings(scenes, **{"stages.align.steps": 4000, "save_every": 100000})
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxmllm", "train", *args, "--workdir", str(tmp_path)],
@@ -156,13 +155,13 @@ def test_sigterm_saves_a_checkpoint(scenes, tmp_path, phase):
         text=True,
     )
     for line in process.stderr:
-        if ("compiling" if phase == "compiling" else " 5/") in line:
+        if " 5/" in line:
             break
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 0 and "the same command resumes it" in rest
     step, _, _ = newest_state(tmp_path, "align")
-    assert step >= 1
+    assert step >= 5
 
 
 def test_changed_data_needs_the_option(scenes, tmp_path):

@@ -131,9 +131,9 @@ def checkpoints(workdir) -> list[int]:
 
 def test_each_phase_of_a_run(tmp_path):
     """phase -> the step that is saved last; the step in which the signal comes is finished, and then saved."""
-    saved = {"startup": None, "compile": 1, "step": 3, "data": 3, "evaluation": 3, "save": 4}
+    saved = {"startup": None, "first data": 0, "compile": 1, "step": 3, "data": 3, "evaluation": 3, "save": 4}
     process = start("-m", "tests.stop_case", tmp_path, *saved)
-    for (phase, step), number in zip(saved.items(), SIGNALS * 3):
+    for (phase, step), number in zip(saved.items(), SIGNALS * 4):
         while (line := process.stdout.readline()) != f"in {phase}\n":
             assert line, process.communicate()[1]
         sent = time.monotonic()
@@ -147,9 +147,12 @@ def test_each_phase_of_a_run(tmp_path):
         if step is None:
             assert not (tmp_path / phase / "config.json").exists()
             continue
-        while "stopped at" not in line:
+        while "jaxmllm: stopped" not in line:
             line = process.stderr.readline()
             assert line and "Traceback" not in line
+        if step == 0:
+            assert line == "jaxmllm: stopped before stage align's first step; the same command resumes it\n"
+            continue
         assert line == f"jaxmllm: stopped at step {step} of stage align, saved; the same command resumes it\n"
         folder = tmp_path / phase / "align" / "checkpoints"
         assert checkpoints(tmp_path / phase)[-1] == step

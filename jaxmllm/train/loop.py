@@ -113,5 +113,6 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
                 if pending is not None:
                     tools.save(done, state, pending, position)
                 tools.checkpoints.wait()
-                stop.end(f"stopped at step {done} of stage {stage.name}, saved; the same command resumes it")
+                where = f"at step {done} of stage {stage.name}, saved" if done else f"before stage {stage.name}'s first step"
+                stop.end(f"stopped {where}; the same command resumes it")
             raise
