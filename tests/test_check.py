@@ -9,7 +9,7 @@ import pytest
 from jaxmllm.batch import EncoderInput, TokenLayout, VisualLayout
 from jaxmllm.cli.main import main
 from jaxmllm.config import Source
-from jaxmllm.data.check import check, examine, write_usable
+from jaxmllm.data.check import check, examine, show_report, write_usable
 from jaxmllm.data.ledger import Ledger
 from jaxmllm.data.loader import Loader
 from jaxmllm.data.samples import SampleSpec
@@ -83,6 +83,15 @@ def test_a_source_without_a_config(planted, report, tmp_path):
     assert words(alone.problems) == words(expected)
     left_out = convert(source, str(tmp_path / "shards"), 3, examine=examine)
     assert [str(bad) for bad in left_out] == [str(problem.bad) for problem in expected]
+
+
+def test_answers_before_the_first_question_are_counted(tmp_path):
+    opening = [{"from": "gpt", "value": "Hello"}]
+    turns = [chat("Why ?", "So ."), [*opening, *chat("Why ?", "So .")], [*opening, *chat("Why ?", "")]]
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"id": str(i), "conversations": t} for i, t in enumerate(turns)])
+    found = check(LlavaSource(path))
+    assert (found.bad, found.opening_answers, found.document()["opening_answers"]) == (1, 1, 1)
+    assert "1 begin with an answer, which is left out" in show_report(found)
 
 
 def test_the_usable_records(planted, report, spec, tmp_path):

@@ -42,7 +42,7 @@ def test_system_text():
     assert system_text(record(conversations=turns, system=None)) is None
     assert system_text(record(conversations=[{**first, "value": " "}, *turns], system="")) is None
     assert system_text(record(conversations=[first, *turns], system="Be brief.")) == "Be brief."
-    # LLaVA drops an answer before the first question, after a system turn too.
+    # LLaVA leaves out an answer before the first question, after a system turn too.
     assert exchanges(record(conversations=[first, {"from": "gpt", "value": "Hello"}, *turns]), 0) == TURNS
     assert refusal(conversations=[first, *turns], system="Be long.").startswith("system text: the field")
     assert refusal(conversations=turns, system=["Be brief."]) == "system text: the field `system` is list, not a text"

@@ -159,6 +159,8 @@ GOOD = row(image="a.jpg", prompt="?")
         (json.dumps(GOOD | {"image": ["a.jpg", 3]}), "no path in 'image' or 'filename'"),
         (json.dumps(GOOD | {"image": 3}), "no path in 'image' or 'filename'"),
         (json.dumps(GOOD | {"image": "a\0.jpg"}), "no path in 'image' or 'filename'"),
+        (json.dumps(GOOD | {"image": "../a.jpg"}), "outside the image root"),
+        (json.dumps(GOOD | {"image": ["a.jpg", "/etc/hostname"]}), "leads to /etc/hostname, outside the image root"),
         (json.dumps(GOOD | {"question": "\ud800"}), "half a surrogate pair"),
         (json.dumps(GOOD | {"task": 3}), "no text in 'task'"),
         (json.dumps(GOOD | {"answer": "(C)"}), "'(C)' is none of the letters (A) to (B)"),
@@ -187,6 +189,15 @@ def test_unusual_rows_are_good(tmp_path, change, found):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD | change, ensure_ascii=False) + "\n")
     assert {k: load(str(path))[0][k] for k in found} == found
+
+
+def test_pictures_outside_the_folder_need_the_option(tmp_path):
+    (tmp_path / "rows").mkdir()
+    path = write(tmp_path / "rows" / "rows.jsonl", [GOOD | {"image": "../a.jpg"}])
+    assert "outside_root=True" in CVBench(path).rows()[0]["bad"]
+    assert CVBench(path, outside_root=True).rows()[0]["images"] == [f"{tmp_path}/rows/../a.jpg"]
+    inside = write(tmp_path / "rows.jsonl", [GOOD])
+    assert CVBench(inside, image_root=f"{tmp_path}/rows").rows()[0]["images"] == [f"{tmp_path}/rows/a.jpg"]
 
 
 def test_several_pictures(tmp_path):

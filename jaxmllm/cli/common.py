@@ -71,7 +71,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image-root", help="folder of the pictures (default: that of the source)")
+    parser.add_argument("--image-root", help="folder of the pictures (default: that of the file)")
     text = "let records name files outside that folder, also through links"
     parser.add_argument("--outside-root", action="store_true", help=text)
 

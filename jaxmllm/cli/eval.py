@@ -18,6 +18,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--train-rows", help="rows from which the reference that sees no picture learns its rules (default: none)"
     )
+    common.add_image_root(parser)
     parser.add_argument(
         "--task",
         metavar="FILE.py:name",
@@ -73,7 +74,9 @@ def chosen_task(args: argparse.Namespace, config: Any) -> Any:
     if bool(args.rows) == bool(args.task):
         raise ConfigError("say what to measure, either --rows FILE.jsonl or --task FILE.py:name")
     if args.rows:
-        return CVBench(args.rows, args.train_rows)
+        return CVBench(args.rows, args.train_rows, image_root=args.image_root, outside_root=args.outside_root)
+    if args.image_root or args.outside_root:
+        raise ConfigError("--image-root and --outside-root are for --rows; a task names its own")
     path, in_file, name = args.task.rpartition(":")
     known = namespace(path) if in_file else {e.name: e.task for stage in config.stages for e in stage.evals}
     tasks = {key: value for key, value in known.items() if hasattr(value, "prepare") and not isinstance(value, type)}

@@ -15,7 +15,7 @@ from jaxmllm.batch import EncoderInput
 from jaxmllm.config import Data, Run, Source, Stage
 from jaxmllm.data.ahead import map_ahead
 from jaxmllm.data.build import sample_spec, weighted_sources
-from jaxmllm.data.conversation import exchanges, system_text
+from jaxmllm.data.conversation import exchanges, opens_with_answer, system_text
 from jaxmllm.data.images import View
 from jaxmllm.data.mixture import normalized
 from jaxmllm.data.picture import decode, open_image
@@ -49,6 +49,7 @@ class Report:
     sources: dict[str, int]  # value of the field `source` ("" if absent) -> records
     problems: list[Problem]  # in the order of the records; the first thing that is wrong with each
     duplicates: dict[str, int]  # id that occurs more than once -> how often
+    opening_answers: int  # usable records with an answer before the first question, which training leaves out
 
     @property
     def bad(self) -> int:
@@ -83,6 +84,7 @@ class Report:
             "by_source": by_source,
             "problems": problems,
             "duplicates": self.duplicates,
+            "opening_answers": self.opening_answers,
         }
 
 
@@ -118,29 +120,30 @@ def examine(record: Record, index: int, spec: SampleSpec | None = None) -> int:
 def check(source: RecordSource, spec: SampleSpec | None = None, progress: Progress | None = None) -> Report:
     """Examines every record of a source. Raises RuntimeError, naming the record, if that fails."""
 
-    def look(index: int) -> tuple[str, str, int, BadSample | None]:
+    def look(index: int) -> tuple[str, str, int, bool, BadSample | None]:
         id = name = ""
         try:
             record = source[index]
             id, name = record.id, str(record.data.get("source", ""))
-            return id, name, examine(record, index, spec), None
+            return id, name, examine(record, index, spec), opens_with_answer(record), None
         except BadSample as bad:
-            return id, name, 0, bad
+            return id, name, 0, False, bad
         except Exception as error:
             what = f"examining record {index} of {source.path} failed"
             raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
 
-    sources, ids, problems, images = collections.Counter(), collections.Counter(), [], 0
-    for index, (id, name, count, bad) in enumerate(map_ahead(look, range(len(source)))):
+    sources, ids, problems, images, opening = collections.Counter(), collections.Counter(), [], 0, 0
+    for index, (id, name, count, opens, bad) in enumerate(map_ahead(look, range(len(source)))):
         sources[name] += 1
         ids[id] += bool(id)
         images += count
+        opening += opens
         if bad:
             problems.append(Problem(index, name, bad))
         if progress:
             progress(index + 1, len(source))
     duplicates = {id: count for id, count in ids.items() if count > 1}
-    return Report(source.path, len(source), images, dict(sources), problems, duplicates)
+    return Report(source.path, len(source), images, dict(sources), problems, duplicates, opening)
 
 
 def check_run(run: Run, stages: Sequence[Stage], progress: Progress | None = None) -> list[tuple[str, Report]]:
@@ -208,6 +211,10 @@ def show_report(report: Report) -> str:
     for kind, count in report.kinds.items():
         first = next(problem.bad for problem in report.problems if problem.bad.kind == kind)
         lines.append(f"{count:>9} {kind}; the first: {first}")
+    if report.opening_answers:
+        lines.append(
+            f"{report.opening_answers:>9} begin with an answer, which is left out: no question comes before it"
+        )
     if report.duplicates:
         first = shown(next(iter(report.duplicates)))
         lines.append(f"{len(report.duplicates):>9} ids occur more than once; the first: {first}")

@@ -44,12 +44,11 @@ def exchanges(record: Record, pictures: int, reply_open: bool = False) -> list[t
     """The (question, answer) pairs of a conversation about a number of pictures. Raises BadSample.
 
     reply_open: the last answer is None, and earlier ones, which a model wrote, may be empty or hold markers. An answer
-    before the first question is dropped, as LLaVA does.
+    before the first question is left out, as LLaVA does; see `opens_with_answer`.
     """
     check_media_fields(record, pictures)
     turns = [turn for turn in turns_of(record) if turn.role != "system"]
-    if turns and turns[0].role == "assistant":
-        turns = turns[1:]
+    turns = turns[opens_with_answer(record) :]
     if not turns:
         raise record.bad("no conversation", "it has no question")
     for place, turn in enumerate(turns):
@@ -70,6 +69,12 @@ def exchanges(record: Record, pictures: int, reply_open: bool = False) -> list[t
     if count != pictures:
         raise record.bad("wrong number of <image>", f"{count} in the text, {pictures} pictures")
     return list(zip(texts[::2], [*texts[1::2], None]))
+
+
+def opens_with_answer(record: Record) -> bool:
+    """Whether an answer stands before the first question; no template has a place for it. Raises BadSample."""
+    roles = [turn.role for turn in turns_of(record) if turn.role != "system"]
+    return roles[:1] == ["assistant"]
 
 
 def system_text(record: Record) -> str | None:

@@ -1,14 +1,16 @@
 """CV-Bench (Tong et al. 2024, arXiv 2406.16860), and other question sets in its row format, with two references.
 
 A row: {"idx", "type", "task", "image", "question", "choices", "answer": "(B)", "prompt", "source"}; without choices the
-answer is the text itself. Image paths are relative to the file; "filename", CV-Bench's own column for the path, may
-stand in place of "image"; several pictures are a list of paths, and null is a question without one.
+answer is the text itself. Image paths are relative to the file's folder, unless a task names another; "filename",
+CV-Bench's own column for the path, may stand in place of "image"; several pictures are a list of paths, and null is a
+question without one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxmllm.data.sources.record import path_in
+from jaxmllm.errors import shown
 from jaxmllm.eval.answer import Question
 from jaxmllm.eval.sheet import draw_sheet
 from jaxmllm.eval.tasks.base import QuestionTask, Result, is_bad, read_rows
@@ -29,7 +33,8 @@ class CVBench(QuestionTask):
 
     path: JSONL file of rows. train_path: rows of training questions, from which the reference that sees no picture
     learns its rules; without it there is no such reference. shuffled: also ask each question about the picture of
-    another one, which takes twice the time. A model that looks scores better than both.
+    another one, which takes twice the time. A model that looks scores better than both. image_root, outside_root: as in
+    `Source`; without them, pictures are in the folder of the file.
     """
 
     path: str
@@ -37,10 +42,12 @@ class CVBench(QuestionTask):
     _: dataclasses.KW_ONLY
     name: str = "cv_bench"
     shuffled: bool = True
+    image_root: str | None = None
+    outside_root: bool = False
 
     def rows(self) -> list[Row]:
         """The rows of the file, with `images` as full paths."""
-        return load(self.path)
+        return load(self.path, self.image_root, self.outside_root)
 
     def asked(self, rows: Sequence[Row]) -> list[Row]:
         """The rows; then, if `shuffled`, each with the pictures of another row that has some."""
@@ -73,20 +80,35 @@ class CVBench(QuestionTask):
 
     def blind(self, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
         """The rows of tasks that the training rows have, and the answers of the rules."""
-        rules = blind_rules([row for row in load(self.train_path) if not is_bad(row)])
+        rules = blind_rules([row for row in load(self.train_path, outside_root=True) if not is_bad(row)])
         rows = [row for row in rows if row["task"] in rules]
         return rows, [rules[row["task"]](row) for row in rows]
 
 
-def load(path: str) -> list[Row]:
+def load(path: str, image_root: str | None = None, outside_root: bool = False) -> list[Row]:
     """Rows of a JSONL file, with `images` as full paths, answers and choices as texts; bad ones as in `read_rows`."""
-    return [row if is_bad(row) else complete(row, Path(path).parent) for row in read_rows(path, complaint)]
+    folder = image_root or str(Path(path).parent)
+
+    def complain(row: Row) -> str | None:
+        return complaint(row) or escape(row, folder, outside_root)
+
+    return [row if is_bad(row) else complete(row, folder) for row in read_rows(path, complain)]
 
 
-def complete(row: Row, folder: Path) -> Row:
+def escape(row: Row, folder: str, outside_root: bool) -> str | None:
+    """What is wrong with where the pictures of a row are, or None."""
+    for name in pictures(row):
+        try:
+            path_in(folder, name, outside_root)
+        except ValueError as error:
+            return f"the picture {shown(name)}: {error}"
+    return None
+
+
+def complete(row: Row, folder: str) -> Row:
     """A good row with its pictures as full paths, and numbers among answers and choices as texts."""
     choices = [str(choice) for choice in row.get("choices") or []]
-    images = [str(folder / name) for name in pictures(row)]
+    images = [os.path.join(folder, name) for name in pictures(row)]
     return {**row, "images": images, "choices": choices, "answer": str(row["answer"])}
 
 
