@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxmllm.errors import ConfigError, check_local, suggest
-from jaxmllm.fields import has, problem
+from jaxmllm.fields import Natural, NonNegative, Positive, has, problem
 from jaxmllm.mesh import Mesh
 from jaxmllm.nn.lora import LoRA
 from jaxmllm.train.loggers import JsonLines, TensorBoard
@@ -30,7 +30,7 @@ class Source:
     _: dataclasses.KW_ONLY
     image_root: str | None = None  # default: the folder of `path`
     outside_root: bool = False  # whether records may name files outside image_root, also through links
-    weight: float = 1.0  # share in the mixture
+    weight: NonNegative = 1.0  # share in the mixture
 
     def __post_init__(self):
         check_local("source", self.path)
@@ -45,12 +45,12 @@ class Data:
 
     tokenizer: str  # Hugging Face tokenizer folder
     template: Any = dataclasses.field(metadata=has("of"))  # data.templates.ChatTemplate, OwnTemplate
-    seq_len: int  # S, tokens of a row
-    image_slots: int  # I, images of a row
+    seq_len: Positive  # S, tokens of a row
+    image_slots: Natural  # I, images of a row
     targets: Any = dataclasses.field(default=None, metadata=has("spec"))  # data.targets: where targets come from
-    shards: int | None = None  # virtual shards; None: the largest power of two up to 256 that divides a stage's rows
+    shards: Positive | None = None  # virtual shards; None: the largest power of two <= 256 that divides a stage's rows
     packing: bool = True
-    max_bad: int = 1000  # stop when more samples than this are unusable
+    max_bad: Natural = 1000  # stop when more samples than this are unusable
     tiling: Any = dataclasses.field(default=None, metadata=has("choose"))  # data.tiling.Tiling: show tiles too
     fast_jpeg: bool = False  # decode large JPEGs at a fraction of their size: faster, but pixels differ slightly
 
@@ -64,7 +64,7 @@ class Rule:
 
     pattern: str
     _: dataclasses.KW_ONLY
-    lr: float | None = 1.0  # factor of the learning rate; None: frozen
+    lr: NonNegative | None = 1.0  # factor of the learning rate; None: frozen
     decay: bool | None = None  # whether weight decay applies; None: to all but norm scales and biases
 
 
@@ -165,9 +165,9 @@ class Run:
     mesh: Mesh = Mesh()
     compute_dtype: str = "bfloat16"  # masters are float32
     seed: int = 0
-    log_every: int = 20  # steps
-    save_every: int = 500  # steps
-    keep: int = 2  # checkpoints per stage
+    log_every: Positive = 20  # steps
+    save_every: Positive = 500  # steps
+    keep: Positive = 2  # checkpoints per stage
     loggers: tuple[Any, ...] = dataclasses.field(  # train.loggers: where metrics are written
         default=(JsonLines(), TensorBoard()), metadata=has("open")
     )

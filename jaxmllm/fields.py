@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import collections.abc
 import functools
+import re
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 from jaxmllm.errors import shown
+
+# Numbers with a least value, which annotations give as a second argument.
+Positive = Annotated[int, 1]
+Natural = Annotated[int, 0]
+NonNegative = Annotated[float, 0]
+PHRASES = {"Positive": "a positive int", "Natural": "an int of 0 or more", "NonNegative": "a float of 0 or more"}
 
 
 def has(method: str, **more: Any) -> dict[str, Any]:
@@ -22,7 +29,8 @@ def problem(kind: type, values: dict[str, Any]) -> str | None:
     for name, value in values.items():
         field = kind.__dataclass_fields__[name]
         if not fits(value, hints.get(name, Any)):
-            return f"{name} is {shown(repr(value))}, but must be {field.type}"
+            kind = re.sub("|".join(PHRASES), lambda found: PHRASES[found[0]], str(field.type))
+            return f"{name} is {shown(repr(value))}, but must be {kind}"
         method = field.metadata.get("method")
         for each in value if isinstance(value, tuple) else (value,):
             missing = method and not callable(getattr(each, method, None))
@@ -39,7 +47,7 @@ def annotations(kind: type) -> dict[str, Any]:
         for name, hint in base.__dict__.get("__annotations__", {}).items():
             try:
                 lone = type(base.__name__, (), {"__annotations__": {name: hint}, "__module__": base.__module__})
-                found |= typing.get_type_hints(lone)
+                found |= typing.get_type_hints(lone, include_extras=True)
             except (NameError, TypeError):
                 found.pop(name, None)
     return found
@@ -52,6 +60,8 @@ def fits(value: Any, hint: Any) -> bool:
         return True
     if hint is None or hint is type(None):
         return value is None
+    if origin is Annotated:
+        return fits(value, args[0]) and value >= args[1]
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, each) for each in args)
     if origin is typing.Literal:

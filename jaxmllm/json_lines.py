@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,13 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def drop_lines(path: str | os.PathLike[str], dropped: Callable[[dict[str, Any]], bool]) -> None:
+    """Removes rows, and lines that a crash has cut off, from a file if there is one: all of them or none."""
+    rows = read_lines(path)
+    kept = [row for row in rows if not dropped(row)]
+    if len(kept) < len(rows):
+        part = f"{path}.part"
+        Path(part).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        os.replace(part, path)

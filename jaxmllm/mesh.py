@@ -53,6 +53,9 @@ class Mesh:
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """The five sizes for `num_devices` devices. Raises ValueError if they cannot multiply to that number."""
         sizes = [getattr(self, axis) for axis in AXES]
+        for axis, size in zip(AXES, sizes):
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{axis} is {size}; it must be a number of devices, or -1 for all that are left")
         known = math.prod(s for s in sizes if s != -1)
         if sizes.count(-1) > 1 or num_devices % known or (-1 not in sizes and known != num_devices):
             shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))

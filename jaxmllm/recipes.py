@@ -43,7 +43,25 @@ def load(target: str) -> Run:
     name = name or "config"
     if name not in functions:
         raise ConfigError(f"{path} has no variant {name!r}{suggest(name, functions)}")
-    return functions[name]()
+    run = functions[name]()
+    check_values(run, path)
+    return run
+
+
+def check_values(node: Any, path: str) -> None:
+    """Raises ConfigError, naming `path`, for a value in a config that does not fit its field."""
+    if isinstance(node, Mapping):
+        values = node
+    elif isinstance(node, tuple):
+        values = dict(enumerate(node))
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        values = {name: getattr(node, name) for name in field_names(node)}
+        if wrong := problem(type(node), values):
+            raise ConfigError(f"{path}: {type(node).__name__}: {wrong}")
+    else:
+        return
+    for value in values.values():
+        check_values(value, path)
 
 
 def namespace(path: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def refused(*args, code=2):
         ("model.llm.layers", "name=value"),
         ("model.llm.kv_heads=3", "multiple of kv_heads"),
         ("mesh.tensor=3", "does not fit 1 devices"),
+        ("mesh.data=0", "mesh.data is 0; it must be a number of devices"),
         ("stages.align.data.shards=3", "the virtual shards must divide the rows"),
     ],
 )

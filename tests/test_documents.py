@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from jaxmllm.config import Source, Stage
+from jaxmllm.config import Data, Source, Stage
 from jaxmllm.documents import find_class, from_document, is_storable, read_document, stages_of, to_document
 from jaxmllm.errors import ConfigError
-from jaxmllm.fields import fits, problem
+from jaxmllm.fields import Natural, NonNegative, Positive, fits, problem
 from jaxmllm.recipes import load, namespace, override, read_run
 from tests.conftest import ROOT
 
@@ -59,7 +59,7 @@ def place(document, path):
         ("loggers", [3], "Run: loggers is 3, which has no open()"),
         ("stages", 3, "Run: stages is 3"),
         ("model", None, "Run: model is None"),
-        ("model.llm.layers", "two", "Decoder: layers is 'two', but must be int"),
+        ("model.llm.layers", "two", "Decoder: layers is 'two', but must be a positive int"),
         ("model.llm.heads", 3, "Decoder: "),
         ("model.encoders.dict.clip", 3, "MLLM: encoders is"),
         ("data.tokenizer", [1], "Data: tokenizer is (1,)"),
@@ -218,6 +218,9 @@ def test_values_survive_json_as_they_are():
         (tuple[tuple[int, int], ...], ((), ((1, 2),)), ((1,), ((1, 2, 3),))),
         (dict[str, float], ({}, {"a": 1}), ({1: 1.0}, {"a": None}, ())),
         (Source, (Source("x"),), ("x", None)),
+        (Positive, (1, 7), (0, -1, 1.5, True, "1", None)),
+        (Natural | None, (0, 7, None), (-1, 0.0)),
+        (tuple[NonNegative, ...], ((0, 0.5),), ((-0.5,), ("x",))),
     ],
 )
 def test_whether_values_fit(hint, good, bad):
@@ -227,3 +230,5 @@ def test_whether_values_fit(hint, good, bad):
 def test_the_problem_names_the_field():
     assert problem(Stage, {"rows": 3, "steps": None}) is None
     assert problem(Stage, {"rows": 3, "ema": "x"}) == "ema is 'x', but must be float | None"
+    assert problem(Data, {"seq_len": 0}) == "seq_len is 0, but must be a positive int"
+    assert problem(Data, {"shards": -1}) == "shards is -1, but must be a positive int | None"

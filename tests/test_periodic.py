@@ -92,6 +92,8 @@ def test_resuming_neither_repeats_nor_skips(scenes, trained, tmp_path):
     assert [row for row in found if row.get("eval") == "held_out_loss" and row["step"] == 4] == again
     assert sorted((row["stage"], row["step"], row["eval"]) for row in found if "eval" in row) == sorted(EXPECTED)
     assert [row["step"] for row in found if row["stage"] == "instruct" and "loss" in row] == [1, 2, 3, 4]
+    replies = [(folder / "instruct" / "eval_replies.jsonl").read_text() for folder in (trained[1], tmp_path)]
+    assert replies[0] == replies[1] and len(replies[0].splitlines()) == 6
 
 
 def test_evaluation_may_change_on_resume(scenes, trained, tmp_path):

@@ -55,6 +55,21 @@ def test_a_value_of_another_type():
             override(load(TOY), [wrong])
 
 
+@pytest.mark.parametrize("size", [0, -4])
+@pytest.mark.parametrize("name", ["model.llm.heads", "model.encoders.clip.patch", "data.seq_len", "log_every", "keep"])
+def test_sizes_are_positive(name, size):
+    with pytest.raises(ConfigError, match=f"{name.split('.')[-1]} is {size}, but must be a positive int"):
+        override(load(TOY), [f"{name}={size}"])
+
+
+def test_a_file_is_checked_like_an_override(tmp_path):
+    path = tmp_path / "own.py"
+    text = f"import runpy, dataclasses\ndef config():\n    run = runpy.run_path({TOY!r})['config']()\n"
+    path.write_text(text + "    return dataclasses.replace(run, keep=0)\n")
+    with pytest.raises(ConfigError, match="own.py: Run: keep is 0, but must be a positive int"):
+        load(str(path))
+
+
 def test_schedule_is_a_value_with_fields():
     run = override(load(TOY), ["stages.instruct.optim.schedule.warmup=0.5"])
     assert [stage.optim.schedule.warmup for stage in run.stages] == [0.05, 0.5]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxmllm.aggregators.mlp import Projector, lay_out
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.fields import Natural, Positive
 from jaxmllm.nn.maps import adaptive_pool, need_plain, need_same
 from jaxmllm.nn.primitives import ACTIVATIONS, Conv, LearnedArray, Linear, Norm
 
@@ -25,7 +26,7 @@ class RegBlock(nn.Module):
     gate's layers have.
     """
 
-    width: int
+    width: Positive
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,10 +55,10 @@ class CAbstractor(nn.Module):
     linear layers with SiLU between them.
     """
 
-    grid: int = 12  # L
-    width: int = 1024
-    depth: int = 3
-    mlp_depth: int = 2
+    grid: Positive = 12  # L
+    width: Positive = 1024
+    depth: Natural = 3
+    mlp_depth: Natural = 2
     newline: bool = False
     unpad: bool = False
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxmllm import sharded
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.fields import Positive
 from jaxmllm.nn.maps import resize
 from jaxmllm.nn.primitives import ACTIVATIONS, LearnedArray, Linear, normal
 
@@ -19,8 +20,8 @@ from jaxmllm.nn.primitives import ACTIVATIONS, LearnedArray, Linear, normal
 class Projector(nn.Module):
     """x [..., C] -> [..., width]: `depth` linear layers with exact GELU between them (LLaVA's mlp{depth}x_gelu)."""
 
-    width: int
-    depth: int = 2
+    width: Positive
+    depth: Positive = 2
     activation: str = "gelu"
 
     @nn.compact
@@ -58,8 +59,8 @@ class MLPProjector(nn.Module):
     LLaVA-1.5 has no newline token and keeps the tokens of padding; LLaVA-NeXT has a newline token and drops them.
     """
 
-    grid: int  # L
-    depth: int = 2
+    grid: Positive  # L
+    depth: Positive = 2
     newline: bool = False
     unpad: bool = False
 

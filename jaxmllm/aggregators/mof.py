@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxmllm import sharded
 from jaxmllm.aggregators.mlp import Projector, lay_out
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.fields import Positive
 from jaxmllm.nn.maps import need_plain, need_same
 
 
@@ -19,7 +20,7 @@ class AdditiveMoF(nn.Module):
     """Two maps of one size -> tokens [N, L*L, H]: one projector on alpha * first + (1 - alpha) * second."""
 
     alpha: float = 0.5  # share of the first encoder
-    depth: int = 2
+    depth: Positive = 2
     newline: bool = False
     unpad: bool = False
 
@@ -44,7 +45,7 @@ class InterleavedMoF(nn.Module):
     Each encoder has its own projector; the tokens of a cell stand side by side, in the order of the encoders.
     """
 
-    depth: int = 2
+    depth: Positive = 2
     newline: bool = False
     unpad: bool = False
 

@@ -12,15 +12,16 @@ import jax
 from jaxmllm import sharded
 from jaxmllm.aggregators.mlp import Projector, join_channels, lay_out
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.fields import Positive
 from jaxmllm.nn.maps import need_plain
 
 
 class PixelShuffle(nn.Module):
     """Maps, joined along channels -> tokens [N, L*L (+ L), H]; each token reads ratio x ratio cells."""
 
-    grid: int  # L
-    ratio: int = 2
-    depth: int = 2
+    grid: Positive  # L
+    ratio: Positive = 2
+    depth: Positive = 2
     newline: bool = False
     unpad: bool = False
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxmllm import sharded
 from jaxmllm.aggregators.resampler import flatten_cells
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.fields import Positive
 from jaxmllm.nn.attention.layer import CrossAttention
 from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 
@@ -24,12 +25,12 @@ from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 class QFormer(nn.Module):
     """Maps -> tokens [N, `tokens`, H] that belong to no cell. The defaults are BLIP-2's."""
 
-    tokens: int = 32
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp: int = 3072
-    every: int = 2  # layers 0, every, 2 * every, .. attend to the image
+    tokens: Positive = 32
+    width: Positive = 768
+    depth: Positive = 12
+    heads: Positive = 12
+    mlp: Positive = 3072
+    every: Positive = 2  # layers 0, every, 2 * every, .. attend to the image
     eps: float = 1e-12
 
     @nn.nowrap

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxmllm import sharded
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualTokens
+from jaxmllm.fields import Positive
 from jaxmllm.nn.attention.layer import CrossAttention
 from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 
@@ -35,12 +36,12 @@ def flatten_cells(x: FeatureMap, mask: jax.Array) -> tuple[jax.Array, jax.Array]
 class Resampler(nn.Module):
     """Maps -> tokens [N, `tokens`, H] that belong to no cell."""
 
-    width: int  # of the latents
-    tokens: int = 64
-    depth: int = 6
-    heads: int = 16
-    head_dim: int = 96
-    mlp_ratio: int = 4
+    width: Positive  # of the latents
+    tokens: Positive = 64
+    depth: Positive = 6
+    heads: Positive = 16
+    head_dim: Positive = 96
+    mlp_ratio: Positive = 4
 
     @nn.nowrap
     def layout(self, maps: dict[str, MapShape]) -> TokenLayout:

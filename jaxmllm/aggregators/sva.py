@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxmllm import mesh, sharded
 from jaxmllm.aggregators.mlp import lay_out
 from jaxmllm.batch import FeatureMap, MapShape, TokenLayout, VisualMemory, VisualTokens
+from jaxmllm.fields import Positive
 from jaxmllm.nn import compiler
 from jaxmllm.nn.attention.plain import MASKED
 from jaxmllm.nn.maps import need_plain, resize
@@ -87,8 +88,8 @@ class SVALayer(nn.Module):
     identity (W2 = 0). The columns of W for the context are `proj_in_context`, which is applied once per image.
     """
 
-    width: int
-    heads: int = 16
+    width: Positive
+    heads: Positive = 16
     gate: bool = False
 
     @nn.compact
@@ -134,10 +135,10 @@ class SVA(nn.Module):
     memory.
     """
 
-    width: int  # C, the vision width
-    grid: int  # L
-    depth: int = 3
-    heads: int = 16
+    width: Positive  # C, the vision width
+    grid: Positive  # L
+    depth: Positive = 3
+    heads: Positive = 16
     groups: tuple[int, ...] | None = None  # grid side of each query group; None: one group of side L
     newline: bool = True
     gate: bool = False  # for these layers; those inside the language model have a field of their own

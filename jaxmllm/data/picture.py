@@ -43,7 +43,7 @@ TURNS = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of large and damaged pictures; a record that is refused is named
 
 
 @dataclasses.dataclass(frozen=True)

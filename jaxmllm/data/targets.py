@@ -14,6 +14,7 @@ from PIL import Image
 from jaxmllm.data.images import View
 from jaxmllm.data.picture import Picture, grey_values, open_image, unreadable
 from jaxmllm.data.sources.record import Record
+from jaxmllm.fields import Positive
 
 BAD_MAP = "unreadable target map"
 
@@ -45,9 +46,9 @@ class MapTargets:
     the encoders' pictures are. Their own EXIF turns them; that of the picture does not.
     """
 
-    grid: int  # side of the grid of visual tokens
-    codes: int = 16  # length of a noun's code
-    cells: int = 2  # parts of a token's area, per side, whose depths are separate targets
+    grid: Positive  # side of the grid of visual tokens
+    codes: Positive = 16  # length of a noun's code
+    cells: Positive = 2  # parts of a token's area, per side, whose depths are separate targets
     depth_mean: float = 0.15  # this and the next as measured on composed scenes, where much of the depth map is 0
     depth_std: float = 0.25
 

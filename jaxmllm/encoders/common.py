@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmllm import sharded
 from jaxmllm.batch import EncoderInput, MapShape
+from jaxmllm.fields import Positive
 from jaxmllm.nn.maps import resize
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -29,9 +30,9 @@ class Encoder(nn.Module, kw_only=True):
     std: tuple[float, float, float] = CLIP_STD
     pad_color: tuple[int, int, int] | None = None  # None: int(255 * mean)
     fit: str = "pad"
-    edge: int | None = None
+    edge: Positive | None = None
     filter: str = "bicubic"
-    resize: int | None = None
+    resize: Positive | None = None
     remat: str = "full"
     unroll: int | bool = 1
 

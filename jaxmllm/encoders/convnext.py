@@ -7,6 +7,7 @@ import jax
 
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
+from jaxmllm.fields import Positive
 from jaxmllm.nn.maps import patches
 from jaxmllm.nn.primitives import MLP, Conv, LearnedArray, Linear, Norm
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
@@ -32,7 +33,7 @@ class ConvNeXt(Pyramid):
     A stem of stride 4 and then stages, each of which but the first halves the side. Stage outputs are not normed.
     """
 
-    size: int
+    size: Positive
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     taps: tuple[int, ...]

@@ -7,6 +7,7 @@ import jax
 
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
+from jaxmllm.fields import Positive
 from jaxmllm.nn.primitives import ACTIVATIONS, BatchNorm, Conv
 
 # The stages of Lite0: (blocks, kernel, stride of the first block, expansion, width)
@@ -19,10 +20,10 @@ LITE0 = (
 class Block(nn.Module):
     """Inverted bottleneck (Sandler et al. 2018): widens, convolves each channel, narrows; residual if shapes agree."""
 
-    kernel: int
-    stride: int
-    expansion: int
-    width: int
+    kernel: Positive
+    stride: Positive
+    expansion: Positive
+    width: Positive
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,11 +43,11 @@ class EfficientNet(Pyramid):
     taps: 0 = after the stem, i = after block i (Lite0 has 16), 17 = after the head, whose map the classifier reads.
     """
 
-    size: int
+    size: Positive
     taps: tuple[int, ...]
     stages: tuple[tuple[int, ...], ...] = LITE0
-    stem: int = 32
-    head: int = 1280
+    stem: Positive = 32
+    head: Positive = 1280
 
     @property
     def blocks(self) -> tuple[Block, ...]:

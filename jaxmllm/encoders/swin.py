@@ -10,6 +10,7 @@ import numpy as np
 from jaxmllm import sharded
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import Pyramid
+from jaxmllm.fields import Positive
 from jaxmllm.nn.maps import cells, patches
 from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
@@ -20,8 +21,8 @@ MASKED = -100.0  # added to the score of two cells that only the cyclic shift pu
 class WindowAttention(nn.Module):
     """Self-attention within windows of side `window`, with a learned bias for each offset between two cells."""
 
-    heads: int
-    window: int
+    heads: Positive
+    window: Positive
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: np.ndarray | None) -> jax.Array:
@@ -62,10 +63,10 @@ def shift_mask(side: int, window: int, shift: int) -> np.ndarray:
 class Block(nn.Module):
     """Window attention and an MLP, each after a norm and with a residual."""
 
-    heads: int
-    window: int
+    heads: Positive
+    window: Positive
     shift: int
-    mlp_ratio: int
+    mlp_ratio: Positive
     eps: float
 
     @nn.compact
@@ -92,9 +93,9 @@ class Block(nn.Module):
 class Pair(nn.Module):
     """A block whose windows start at the corner of the map, and one whose windows are shifted by half their side."""
 
-    heads: int
-    window: int
-    mlp_ratio: int
+    heads: Positive
+    window: Positive
+    mlp_ratio: Positive
     eps: float
 
     @nn.compact
@@ -111,14 +112,14 @@ class Swin(Pyramid):
     backbone. A tap is the output of its stage before the side is halved for the next one.
     """
 
-    size: int
-    width: int
+    size: Positive
+    width: Positive
     depths: tuple[int, ...]
     heads: tuple[int, ...]
-    window: int
+    window: Positive
     taps: tuple[int, ...]
     norms: bool = True
-    mlp_ratio: int = 4
+    mlp_ratio: Positive = 4
     eps: float = 1e-5
 
     def __post_init__(self):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxmllm import sharded
 from jaxmllm.batch import MapShape
 from jaxmllm.encoders.common import INTERPOLATIONS, Encoder, interpolation_matrix, resample_table
+from jaxmllm.fields import Natural, Positive
 from jaxmllm.nn import compiler
 from jaxmllm.nn.attention.layer import Attention
 from jaxmllm.nn.maps import patches
@@ -25,8 +26,8 @@ from jaxmllm.nn.stack import Stack, empty_taps, tap_slots
 class Block(nn.Module):
     """Pre-norm transformer block; both branches may be scaled per channel (DINOv2's layer scale)."""
 
-    heads: int
-    mlp: int
+    heads: Positive
+    mlp: Positive
     activation: str
     gated: bool
     eps: float
@@ -61,25 +62,25 @@ class ViT(Encoder):
     scratch; a patch then has patch / 2^len(stem) of their output pixels a side.
     """
 
-    size: int
-    patch: int
-    width: int
-    layers: int
-    heads: int
-    mlp: int
+    size: Positive
+    patch: Positive
+    width: Positive
+    layers: Positive
+    heads: Positive
+    mlp: Positive
     taps: tuple[int, ...]
     activation: str = "gelu"
     gated: bool = False
     eps: float = 1e-5
     class_token: bool = False
-    registers: int = 0
+    registers: Natural = 0
     pre_norm: bool = False
     final_norm: bool = False
     patch_bias: bool = True
     layer_scale: bool = False
     key_bias: bool = True
     rope_theta: float | None = None
-    table: int | None = None
+    table: Positive | None = None
     interpolation: str = "bicubic"
     stem: tuple[int, ...] = ()
 

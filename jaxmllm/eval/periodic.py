@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmllm.config import Run, Stage
-from jaxmllm.json_lines import append_line, read_lines
+from jaxmllm.json_lines import append_line, drop_lines, read_lines
 from jaxmllm.train.metrics import Reporter
 from jaxmllm.train.state import Params, TrainState
 
@@ -21,7 +21,7 @@ class StageEvals:
 
     Each result is a row for the run's loggers, and a line on stderr. What was evaluated is read from the rows in
     WORKDIR/metrics.jsonl: a resumed run repeats nothing and leaves nothing out. Replies go to
-    WORKDIR/<stage>/eval_replies.jsonl as they come.
+    WORKDIR/<stage>/eval_replies.jsonl as they come, each once.
     """
 
     def __init__(self, run: Run, stage: Stage, workdir: str):
@@ -62,6 +62,9 @@ class StageEvals:
         for name in names:
             began, at = time.perf_counter(), {"stage": self.stage.name, "step": step}
             note = functools.partial(append, self.replies, at) if active else lambda row: None
+            if active:  # what an evaluation that was interrupted has noted
+                again = {**at, "eval": name}
+                drop_lines(self.replies, lambda row, again=again: again.items() <= row.items())
             found = self.measures[name](params, note)
             reporter.log(found.numbers, step, name)
             seconds = time.perf_counter() - began

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxmllm import sharded
 from jaxmllm.batch import FeatureMap, MapShape
+from jaxmllm.fields import Positive
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.nn.maps import need_same
 
@@ -24,7 +25,7 @@ class STI(nn.Module):
     left over at the end are dropped (SigLIP's 729 cells give 91 tokens).
     """
 
-    pool: int = 8
+    pool: Positive = 8
 
     @nn.nowrap
     def output(self, taps: tuple[MapShape, ...]) -> MapShape:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmllm.fields import Positive
 from jaxmllm.nn.attention.layer import CrossAttention
 from jaxmllm.nn.maps import FlatMaps, adaptive_pool
 from jaxmllm.nn.primitives import ACTIVATIONS, Linear, Norm
@@ -20,7 +21,7 @@ from jaxmllm.nn.primitives import ACTIVATIONS, Linear, Norm
 class GlobalAttention(nn.Module):
     """Every query attends to every cell of every level: query [N, Q, C], levels grouped by size -> [N, Q, C]."""
 
-    heads: int
+    heads: Positive
 
     @nn.compact
     def __call__(self, query: jax.Array, reference: jax.Array, levels: list[FlatMaps]) -> jax.Array:
@@ -33,8 +34,8 @@ class GlobalAttention(nn.Module):
 class LinearAttention(nn.Module):
     """GlobalAttention on means of side x side parts of each level, after Linear, LayerNorm (eps 1e-5) and GELU."""
 
-    heads: int
-    side: int
+    heads: Positive
+    side: Positive
 
     @nn.compact
     def __call__(self, query: jax.Array, reference: jax.Array, levels: list[FlatMaps]) -> jax.Array:

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxmllm import mesh, sharded
 from jaxmllm.batch import FeatureMap, MapShape
+from jaxmllm.fields import Positive
 from jaxmllm.fusers.level_attention import GlobalAttention, LinearAttention
 from jaxmllm.nn.maps import FlatMaps, group_by_size, sizes
 from jaxmllm.nn.primitives import LearnedArray, Linear, Norm, zeros
@@ -36,13 +37,13 @@ class MMFuser(nn.Module):
     level). points: number per head and level, in deformable attention only.
     """
 
-    heads: int = 16
-    points: int = 4
+    heads: Positive = 16
+    points: Positive = 4
     eps: float = 1e-6
     query: int = -1
-    levels: int | None = None
+    levels: Positive | None = None
     attention: str = "deformable"
-    pooled: int = 7
+    pooled: Positive = 7
 
     @nn.nowrap
     def output(self, taps: tuple[MapShape, ...]) -> MapShape:
@@ -117,8 +118,8 @@ def circle_bias(heads: int, levels: int, points: int) -> jax.Array:
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al. 2021, eq. 3): each query reads `points` places of each level."""
 
-    heads: int
-    points: int = 4
+    heads: Positive
+    points: Positive = 4
 
     def __call__(self, query: jax.Array, reference: jax.Array, values: list[FlatMaps]) -> jax.Array:
         """The output of `attend`."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm.batch import Visual
+from jaxmllm.fields import Positive
 from jaxmllm.llms.inserts import VisualInserts, VisualLayers
 from jaxmllm.nn.attention.layer import Attention
 from jaxmllm.nn.primitives import MLP, Embed, Norm
@@ -27,10 +28,10 @@ class DecoderBlock(nn.Module):
     before they are added.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    mlp: Positive
     rope_theta: float | None
     eps: float
     qkv_bias: bool
@@ -39,8 +40,8 @@ class DecoderBlock(nn.Module):
     activation: str = "silu"
     zero_centred: bool = False
     post_norms: bool = False
-    rotary_dim: int | None = None
-    window: int | None = None
+    rotary_dim: Positive | None = None
+    window: Positive | None = None
     local_theta: float | None = None
     query_scale: float | None = None
     attention_cap: float | None = None
@@ -88,13 +89,13 @@ class Decoder(nn.Module):
     windowed and rotary are patterns that repeat over the layers: (True, False) is every other layer, from the first.
     """
 
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    head_dim: int | None = None  # default width / heads
+    vocab: Positive
+    width: Positive
+    layers: Positive
+    heads: Positive
+    kv_heads: Positive
+    mlp: Positive
+    head_dim: Positive | None = None  # default width / heads
     rope_theta: float = 10000.0
     eps: float = 1e-5
     tied: bool = False
@@ -102,11 +103,11 @@ class Decoder(nn.Module):
     rope_scaling: Any = None  # nn.rope.Llama3Scaling, LinearScaling, LongRope
     qk_norm: bool = False  # an RMS norm of the queries and keys of each head
     activation: str = "silu"  # of the gated MLP; a name in nn.primitives.ACTIVATIONS
-    window: int | None = None  # a query of a windowed layer sees the last `window` tokens, its own included
+    window: Positive | None = None  # a query of a windowed layer sees the last `window` tokens, its own included
     windowed: tuple[bool, ...] = (True,)  # which layers have the window
     local_theta: float | None = None  # rotary base of windowed layers, not scaled; None: rope_theta
     rotary: tuple[bool, ...] = (True,)  # which layers rotate queries and keys by position
-    rotary_dim: int | None = None  # entries of a head that are rotated; None: all
+    rotary_dim: Positive | None = None  # entries of a head that are rotated; None: all
     query_scale: float | None = None  # of the products of queries and keys; None: 1 / sqrt(head_dim)
     attention_cap: float | None = None  # soft cap of these products (nn.primitives.soft_cap)
     logit_cap: float | None = None  # soft cap of the logits
@@ -125,6 +126,8 @@ class Decoder(nn.Module):
         super().__post_init__()
         if self.heads % self.kv_heads:
             raise ValueError(f"Decoder: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"Decoder: width {self.width} is no multiple of heads {self.heads}; give head_dim")
         if self.inserts and self.inserts.last >= self.layers:
             raise ValueError(
                 f"Decoder: the last visual layer would follow layer {self.inserts.last}, and the last layer is "

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxmllm import sharded
 from jaxmllm.batch import Visual, VisualMemory
+from jaxmllm.fields import Natural, Positive
 from jaxmllm.llms.apply_if import apply_if, apply_if_remat
 from jaxmllm.nn.inverse_gather import PLACES
 from jaxmllm.nn.stack import scan_layers
@@ -31,9 +32,9 @@ class VisualInserts:
     """
 
     layer: nn.Module
-    start: int
-    stride: int
-    count: int
+    start: Natural
+    stride: Positive
+    count: Positive
 
     @property
     def last(self) -> int:

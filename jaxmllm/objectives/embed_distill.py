@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxmllm import sharded
 from jaxmllm.batch import Term, VisualLayout
+from jaxmllm.fields import Natural, Positive
 from jaxmllm.nn.attention.plain import MASKED
 from jaxmllm.nn.primitives import MLP, LearnedArray, Linear, Norm, normal
 from jaxmllm.objectives.base import ModelView, Needs, Objective
@@ -32,13 +33,13 @@ class Predictor(nn.Module):
     [map_1, .., map_k, plain].
     """
 
-    width: int
-    out: int
-    heads: int = 4
-    head_dim: int = 32
-    blocks: int = 1
-    ff_mult: int = 1
-    extra_heads: int = 0
+    width: Positive
+    out: Positive
+    heads: Positive = 4
+    head_dim: Positive = 32
+    blocks: Natural = 1
+    ff_mult: Positive = 1
+    extra_heads: Natural = 0
     norm_out: bool = True
 
     @nn.compact
@@ -84,18 +85,18 @@ class EmbedDistill(Objective):
     steps.
     """
 
-    queries: int
-    dim: int  # columns of the target
+    queries: Positive
+    dim: Positive  # columns of the target
     layers: tuple[int, ...]
-    tokens: int = 8
+    tokens: Natural = 8
     pooled: bool = True
     aligned: bool = False
-    predictor_width: int | None = None  # default dim
-    heads: int = 4
-    head_dim: int = 32
-    blocks: int = 1
-    ff_mult: int = 1
-    extra_heads: int = 0
+    predictor_width: Positive | None = None  # default dim
+    heads: Positive = 4
+    head_dim: Positive = 32
+    blocks: Natural = 1
+    ff_mult: Positive = 1
+    extra_heads: Natural = 0
     norm_out: bool = True
     contrastive: float = 0.3
 

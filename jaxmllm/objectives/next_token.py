@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxmllm import sharded
 from jaxmllm.batch import IGNORE_LABEL, Batch, Term
+from jaxmllm.fields import Positive
 from jaxmllm.nn.primitives import soft_cap
 from jaxmllm.objectives.base import ModelView, Objective
 
@@ -20,7 +21,7 @@ ROWS = 8  # a chunk is a multiple of this: whole tiles of TPU memory
 class NextToken(Objective):
     """Next-token prediction on all labels of the batch; metric: accuracy. chunk: see `next_token`."""
 
-    chunk: int = 32768
+    chunk: Positive = 32768
 
     def count(self, name: str, batch: Batch) -> jax.Array:
         """The number of labels."""

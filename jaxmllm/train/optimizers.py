@@ -11,6 +11,7 @@ from typing import Any
 
 import optax
 
+from jaxmllm.fields import NonNegative, Positive
 from jaxmllm.nn.param_info import ParamInfo
 from jaxmllm.train.factored import scale_by_factored_rms
 from jaxmllm.train.muon import orthogonalize
@@ -21,10 +22,10 @@ from jaxmllm.train.schedules import Cosine
 class Optimizer:
     """The fields that all optimizers share. clip: the largest global gradient norm, None for none."""
 
-    lr: float  # peak rate
+    lr: NonNegative  # peak rate
     schedule: Any = Cosine()  # train/schedules.py
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
+    weight_decay: NonNegative = 0.0
+    clip: NonNegative | None = 1.0
 
     def direction(self, infos: dict[str, ParamInfo]) -> optax.GradientTransformation:
         """infos: path -> what the parameter is, for the trained parameters."""
@@ -41,7 +42,7 @@ class AdamW(Optimizer):
 
     b1: float = 0.9
     b2: float = 0.999
-    eps: float = 1e-8
+    eps: NonNegative = 1e-8
 
     def direction(self, infos: dict[str, ParamInfo]) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
@@ -57,12 +58,12 @@ class Muon(Optimizer):
     other parameter.
     """
 
-    momentum: float = 0.95  # Nesterov's
-    iterations: int = 5  # of Newton and Schulz
-    adam_rate: float = 1.0  # factor of the rate of what is not a matrix
+    momentum: NonNegative = 0.95  # Nesterov's
+    iterations: Positive = 5  # of Newton and Schulz
+    adam_rate: NonNegative = 1.0  # factor of the rate of what is not a matrix
     b1: float = 0.9  # b1, b2, eps: Adam's
     b2: float = 0.95
-    eps: float = 1e-8
+    eps: NonNegative = 1e-8
 
     def direction(self, infos: dict[str, ParamInfo]) -> optax.GradientTransformation:
         def matrices(updates, _):  # partition hides the other parameters
@@ -93,8 +94,8 @@ class Adafactor(Optimizer):
     """
 
     decay: float = 0.8  # the second moments forget with the factor 1 - step ** -decay
-    eps: float = 1e-30  # added to squared gradients
-    threshold: float = 1.0  # the largest root mean square of an update of one layer
+    eps: NonNegative = 1e-30  # added to squared gradients
+    threshold: NonNegative = 1.0  # the largest root mean square of an update of one layer
 
     def direction(self, infos: dict[str, ParamInfo]) -> optax.GradientTransformation:
         return scale_by_factored_rms(infos, self.decay, self.eps, self.threshold)
