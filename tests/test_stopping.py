@@ -151,7 +151,7 @@ def test_each_phase_of_a_run(tmp_path):
             line = process.stderr.readline()
             assert line and "Traceback" not in line
         if step == 0:
-            assert line == "jaxmllm: stopped before stage align's first step; the same command resumes it\n"
+            assert line == "jaxmllm: stopped before stage align began; the same command resumes it\n"
             continue
         assert line == f"jaxmllm: stopped at step {step} of stage align, saved; the same command resumes it\n"
         folder = tmp_path / phase / "align" / "checkpoints"

@@ -113,10 +113,6 @@ def train(session: Session, stage: Stage, tools: StageTools, state, step: Callab
                 if pending is not None:
                     tools.save(done, state, pending, position)
                 tools.checkpoints.wait()
-                where = (
-                    f"at step {done} of stage {stage.name}, saved"
-                    if done
-                    else f"before stage {stage.name}'s first step"
-                )
-                stop.end(f"stopped {where}; the same command resumes it")
+                what = f"at step {done} of stage {stage.name}, saved" if done else f"before stage {stage.name} began"
+                stop.end(f"stopped {what}; the same command resumes it")
             raise
