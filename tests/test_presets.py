@@ -29,6 +29,7 @@ def count_encoder(vit) -> int:
         (encoders.clip_l_336, 303_507_456),
         (encoders.siglip_so400m_384, 428_225_600 - 15_238_352),  # the pooling head
         (encoders.siglip2_so400m_384, 428_225_600 - 15_238_352),
+        (encoders.dinov2_s, 22_056_576 - 384),
         (encoders.dinov2_l, 304_368_640 - 1024),  # the mask token
         (encoders.dinov2_g, 1_136_480_768 - 1536),
         (partial(encoders.dinov2_l, registers=4), 304_372_736 - 1024),

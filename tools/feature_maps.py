@@ -2,7 +2,7 @@
 
     python tools/feature_maps.py [RUN]      RUN: workdir of a trained toy (default: runs/demo, made by `make demo`)
 
-First row: a photo through EfficientNet-Lite0 with its ImageNet weights (the extra `real-weights`). Second row: a
+First row: a photo through EfficientNet-Lite0 with its ImageNet weights (`make real-weights`). Second row: a
 composed scene through the encoder and the MMFuser that were trained in RUN. The colours of a map are the first three
 principal components of its own cells, scaled from the 1st to the 99th percentile, so colours of different maps cannot
 be compared.

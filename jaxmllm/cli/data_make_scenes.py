@@ -20,11 +20,14 @@ def add(commands) -> None:
         "kinds of scenes: count, depth, single; also relation and distance, which are harder (default: the first three)"
     )
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help=text)
+    text = "photographs to stand behind the sprites: FOLDER/train and FOLDER/heldout (default: plain textures)"
+    parser.add_argument("--backgrounds", metavar="FOLDER", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes composed scenes."""
     from jaxmllm.scenes.files import make_scenes
 
-    options = {name: getattr(args, name) for name in DEFAULTS} | ({"kinds": args.kinds} if args.kinds else {})
+    names = *DEFAULTS, "backgrounds", *(["kinds"] if args.kinds else [])
+    options = {name: getattr(args, name) for name in names}
     print(f"scenes are in {make_scenes(args.out, progress=common.counter('scenes'), **options)}")

@@ -49,6 +49,11 @@ def siglip2_so400m_384(taps: tuple[int, ...] = (27,), **fields: Any) -> ViT:
     return siglip_so400m_384(taps, **fields)
 
 
+def dinov2_s(taps: tuple[int, ...] = (12,), registers: int = 0, **fields: Any) -> ViT:
+    """DINOv2 ViT-S/14 at 518 pixels: facebook/dinov2-small, or with 4 registers dinov2-with-registers-small."""
+    return _dinov2(taps, registers, dict(width=384, layers=12, heads=6, mlp=1536) | fields)
+
+
 def dinov2_l(taps: tuple[int, ...] = (24,), registers: int = 0, **fields: Any) -> ViT:
     """DINOv2 ViT-L/14 at 518 pixels: facebook/dinov2-large, or with 4 registers dinov2-with-registers-large."""
     return _dinov2(taps, registers, dict(width=1024, layers=24, heads=16, mlp=4096) | fields)

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from jaxmllm.scenes.backgrounds import Surface, texture
+
 KINDS = ("count", "relation", "depth", "distance", "single")
 CARD_DEPTH = 0.5
 MIN_VISIBLE = 0.5  # share of an object's pixels; an answer about a hidden object would be true but could not be seen
@@ -78,7 +80,9 @@ def plurals() -> dict[str, str]:
     return {noun: row["plural"] for noun, row in _catalogue().items()}
 
 
-def compose(rng: np.random.Generator, nouns: Sequence[str], size: int, kind: str | None = None) -> Scene:
+def compose(
+    rng: np.random.Generator, nouns: Sequence[str], size: int, kind: str | None = None, surface: Surface = texture
+) -> Scene:
     """Draw one scene.
 
     Args:
@@ -86,6 +90,7 @@ def compose(rng: np.random.Generator, nouns: Sequence[str], size: int, kind: str
       nouns: what may appear, each with equal probability; at least `MIN_NOUNS`, all in `plurals()`.
       size: side of the image in pixels, within `SIZES`. Above about 160 the 96-pixel sprites look blurred.
       kind: one of `KINDS`, drawn uniformly if None.
+      surface: makes what stands behind the objects.
 
     Raises:
       ValueError: an argument is not as stated here.
@@ -101,8 +106,8 @@ def compose(rng: np.random.Generator, nouns: Sequence[str], size: int, kind: str
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind}")
     if kind == "depth":
-        return _ground_scene(rng, nouns, size)
-    image = Image.fromarray(_texture(rng, size, size, 80, 176))
+        return _ground_scene(rng, nouns, size, surface)
+    image = Image.fromarray(surface(rng, size, size, 80, 176))
     return _paint(kind, image, np.zeros((size, size), np.float32), _FLAT[kind](rng, nouns, size))
 
 
@@ -237,11 +242,11 @@ _FLAT: dict[str, Callable[[np.random.Generator, Sequence[str], int], list[_Place
 # --- the ground plane -------------------------------------------------------------------------------------
 
 
-def _ground_scene(rng: np.random.Generator, nouns: Sequence[str], size: int) -> Scene:
+def _ground_scene(rng: np.random.Generator, nouns: Sequence[str], size: int, surface: Surface) -> Scene:
     """Objects on a ground plane under a horizon; their nearness, and so their size, differs by at least a fifth."""
     horizon = int(rng.uniform(0.2, 0.4) * size)
     ground = size - horizon
-    picture = np.concatenate([_texture(rng, horizon, size, 120, 200), _texture(rng, ground, size, 60, 150)])
+    picture = np.concatenate([surface(rng, horizon, size, 120, 200), surface(rng, ground, size, 60, 150)])
     backdrop = np.zeros((size, size), np.float32)
     backdrop[horizon:] = (np.arange(ground, dtype=np.float32)[:, None] + 0.5) / ground
     chosen = _pick(rng, nouns, 2 + int(rng.integers(2)))
@@ -262,15 +267,6 @@ def _ground_scene(rng: np.random.Generator, nouns: Sequence[str], size: int) -> 
 
 
 # --- pixels -----------------------------------------------------------------------------------------------
-
-
-def _texture(rng: np.random.Generator, height: int, width: int, low: int, high: int) -> np.ndarray:
-    """A mid-tone background, uint8 [height, width, 3]: blotches and grain around a colour in [low, high)."""
-    cells, spread, grain = int(rng.choice((2, 3, 5, 9))), int(rng.integers(8, 36)), int(rng.integers(1, 9))
-    grid = rng.integers(low, high, 3) + rng.integers(-spread, spread + 1, (cells, cells, 3))
-    smooth = Image.fromarray(np.clip(grid, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    noise = rng.integers(-grain, grain + 1, (height, width, 1), np.int16)
-    return np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
 
 
 def _instances(placed: list[_Placed], size: int) -> np.ndarray:

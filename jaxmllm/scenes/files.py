@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from jaxmllm.data.tokenizer import train_word_tokenizer
+from jaxmllm.scenes.backgrounds import PHOTO_SPLITS, photo_paths, photographs, texture
 from jaxmllm.scenes.compose import KINDS, MIN_NOUNS, SIZES, Scene, compose, plurals
 from jaxmllm.scenes.questions import Question, caption, conversation, heldout_questions
 
@@ -40,7 +41,7 @@ _README = """\
 # Composed scenes
 
 Made by jaxmllm (`jaxmllm.scenes.files.make_scenes`) with the arguments in `scenes.json`: sprites of
-Microsoft Fluent Emoji composed on plain backgrounds, with questions whose answers are exact. This is not
+Microsoft Fluent Emoji on plain textures or pieces of photographs, with questions whose answers are exact. This is not
 CV-Bench; held-out rows only have its columns, so that the same scorer reads both. "Distance" is filed under
 "3D" as there, but is measured in the image plane.
 
@@ -61,12 +62,23 @@ CV-Bench; held-out rows only have its columns, so that the same scorer reads bot
 
 
 def scene_at(
-    split: str, index: int, *, nouns: Sequence[str], size: int, seed: int, kinds: Sequence[str] = DEFAULT_KINDS
+    split: str,
+    index: int,
+    *,
+    nouns: Sequence[str],
+    size: int,
+    seed: int,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    backgrounds: str | None = None,
 ) -> tuple[Scene, np.random.Generator]:
-    """Scene `index` of a split ("train", "heldout", "heldout_nouns") and the generator for its questions."""
+    """Scene `index` of a split ("train", "heldout", "heldout_nouns") and the generator for its questions.
+
+    backgrounds: folder of photographs, see `backgrounds.photo_paths`; None for textures.
+    """
+    surface = photographs(photo_paths(backgrounds, split)) if backgrounds else texture
     rng = np.random.default_rng([seed, _SPLITS.index(split), index])
     order = [kind for kind in kinds for _ in range(_TRAIN_SHARES[kind] if split == "train" else 1)]
-    return compose(rng, nouns, size, order[index % len(order)]), rng
+    return compose(rng, nouns, size, order[index % len(order)], surface), rng
 
 
 def _paths(split: str, index: int) -> dict[str, str]:
@@ -112,6 +124,7 @@ def make_scenes(
     size: int = 96,
     seed: int = 0,
     kinds: Sequence[str] = DEFAULT_KINDS,
+    backgrounds: str | None = None,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -128,6 +141,8 @@ def make_scenes(
       size: side of the images in pixels.
       seed: not negative.
       kinds: kinds of scenes, from `scenes.compose.KINDS`; each has a kind of question of its own.
+      backgrounds: a folder with photographs in train/ and heldout/, pieces of which stand behind the sprites; None for
+        plain textures. No piece of a held-out photograph is in a training scene.
       processes: how many write at once; None for one per core. The files do not depend on it.
       progress: called with (scenes done, scenes in all) from time to time.
 
@@ -152,7 +167,9 @@ def make_scenes(
 
     out_dir = Path(out_dir)
     made_with = {"format": FORMAT, "train": train, "heldout": heldout}
-    made_with |= {"nouns": nouns, "size": size, "seed": seed, "kinds": list(kinds)}
+    made_with |= {"nouns": nouns, "size": size, "seed": seed, "kinds": list(kinds), "backgrounds": backgrounds}
+    for split in PHOTO_SPLITS if backgrounds else ():
+        photo_paths(backgrounds, split)
     if out_dir.exists():
         _check_same(out_dir, made_with)
         return out_dir
@@ -165,9 +182,8 @@ def make_scenes(
         for kind in ("images", "depth", "instances"):
             (partial_dir / kind / split).mkdir(parents=True)
         for start in range(0, count, _JOB):
-            jobs.append(
-                _Job(partial_dir, split, range(start, min(start + _JOB, count)), chosen, size, seed, tuple(kinds))
-            )
+            how = {"nouns": chosen, "size": size, "seed": seed, "kinds": tuple(kinds), "backgrounds": backgrounds}
+            jobs.append(_Job(partial_dir, split, range(start, min(start + _JOB, count)), how))
     _write_records(partial_dir, jobs, processes or os.cpu_count() or 1, progress)
     train_word_tokenizer(_texts(partial_dir), str(partial_dir / "tokenizer"))
     lists = {"train": available[:nouns], "heldout": HELDOUT_NOUNS}
@@ -197,17 +213,15 @@ class _Job(NamedTuple):
     folder: Path
     split: str
     indices: range
-    nouns: tuple[str, ...]
-    size: int
-    seed: int
-    kinds: tuple[str, ...]
+    how: dict[str, Any]  # the keyword arguments of `scene_at`
 
 
 def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
     """Write the images and maps of a job; return the records of each JSONL file, without the "idx" of rows."""
     records = {"align": [], "instruct": [], "train_rows": []} if job.split == "train" else {job.split: []}
+    nouns, kinds = job.how["nouns"], job.how["kinds"]
     for index in job.indices:
-        scene, rng = scene_at(job.split, index, nouns=job.nouns, size=job.size, seed=job.seed, kinds=job.kinds)
+        scene, rng = scene_at(job.split, index, **job.how)
         paths = _paths(job.split, index)
         Image.fromarray(scene.image).save(job.folder / paths["image"], quality=90)
         depth = np.rint(scene.depth * 65535).astype(np.uint16)
@@ -215,10 +229,10 @@ def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
         Image.fromarray(scene.instances).save(job.folder / paths["instances"], compress_level=1)
         if job.split == "train":
             records["align"].append(llava_record(index, scene, [caption(scene)]))
-            records["instruct"].append(llava_record(index, scene, conversation(rng, scene, job.nouns)))
+            records["instruct"].append(llava_record(index, scene, conversation(rng, scene, nouns)))
         if job.split != "train" or index < _TRAIN_ROWS:
-            turn, offset = divmod(index, len(job.kinds))
-            questions = heldout_questions(rng, turn, offset, scene, job.nouns)
+            turn, offset = divmod(index, len(kinds))
+            questions = heldout_questions(rng, turn, offset, scene, nouns)
             rows = [benchmark_row(rng, paths["image"], question) for question in questions]
             records["train_rows" if job.split == "train" else job.split] += rows
     return records
