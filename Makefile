@@ -14,13 +14,14 @@ PINS := $(wildcard constraints-$(VERSION).txt)
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check $(addprefix -c ,$(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo real real-weights test test-all smoke lint performance clean
+.PHONY: help install demo real real-weights test test-all test-clients smoke lint performance clean
 
 help:
 	@echo "make demo         train, resume, measure and talk, on two CPU cores in about ten minutes"
 	@echo "make real         the same with pretrained encoders and a pretrained language model, in about an hour and a half"
 	@echo "make test         the fast tests"
 	@echo "make test-all     every test, including those against PyTorch"
+	@echo "make test-clients lmms-eval, in an environment of its own, and openai drive jaxmllm serve"
 	@echo "make smoke        train, resume, evaluate and chat once: one minute"
 	@echo "make lint         ruff"
 	@echo "make performance  remake the table of plans in docs/performance.md with the TPU compiler"
@@ -82,8 +83,17 @@ test: install
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 test-all: real-weights
-	@$(PIP) -e ".[dev,parity]"
+	@$(PIP) -e ".[dev,clients,parity]"
 	@$(BIN)/python -m pytest -m ""
+
+# lmms-eval needs other versions of packages than the pins of this project. torchvision, which it does not use here, may
+# be built for another torch.
+test-clients: install
+	@$(PIP) -e ".[dev,clients]"
+	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install -q --disable-pip-version-check lmms-eval==0.7.3 "filelock<4" torch==2.13.0
+	@.venv-clients/bin/python -c "import torchvision" 2>/dev/null || .venv-clients/bin/python -m pip uninstall -q -y torchvision
+	@$(BIN)/python -m pytest -m long tests/test_serve_clients.py tests/test_serve_page.py
 
 smoke: install
 	@$(BIN)/python -m pytest tests/test_smoke.py

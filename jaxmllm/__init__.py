@@ -16,7 +16,8 @@
     nn/          layers that the parts share   train/           batches -> next state
     weights/     Hugging Face in and out       eval/            a trained state -> answers and scores
     plan/        a config on a TPU slice       scenes/          a data set of composed sprites
-    cli/         the command line              report/          a run, or a data set, as one HTML page
+    report/      a run or data set as a page   serve/           an endpoint for OpenAI's clients
+    cli/         the command line
     jax_internals.py what is read of JAX's jaxprs
 
 The parts of the model (data/ to objectives/) never import one another; only mllm.py joins them. Neither train/ nor

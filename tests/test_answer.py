@@ -10,8 +10,9 @@ from tokenizers import Tokenizer as Backend
 
 from jaxmllm.data.sources.record import Blob
 from jaxmllm.errors import ConfigError
-from jaxmllm.eval.answer import Answerer, Question
+from jaxmllm.eval.answer import Answerer, Question, Reply
 from jaxmllm.eval.periodic import cast
+from jaxmllm.eval.sampling import Sampling
 from jaxmllm.mesh import Mesh
 from tests.tiny_run import random_params, tiny_run
 
@@ -98,8 +99,9 @@ def test_replies_end_at_a_stop_token_that_is_not_special(answerer, questions):
     plain.tokenizer = dataclasses.replace(answerer.tokenizer, backend=Backend.from_str(json.dumps(marks)))
     word = next(i for i in range(stop + 1, 99) if answerer.tokenizer.decode([i]).strip())
     assert plain.tokenizer.decode([word, stop]) != answerer.tokenizer.decode([word, stop])
-    assert plain.text([word, stop, stop]) == answerer.text([word, stop]) == (answerer.tokenizer.decode([word]), False)
-    assert plain.text([stop] * 3) == ("", False)
+    word_said = Reply(answerer.tokenizer.decode([word]), 2, "stop")
+    assert plain.so_far([word, stop, stop], Sampling()) == answerer.so_far([word, stop], Sampling()) == word_said
+    assert plain.so_far([stop] * 3, Sampling()) == Reply("", 1, "stop")
 
 
 def test_a_mesh_that_splits_sequences_is_refused(scenes):

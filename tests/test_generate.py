@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,15 @@ from jaxmllm.data.sources.record import BadSample
 from jaxmllm.data.templates import TOY
 from jaxmllm.data.tokenizer import train_word_tokenizer
 from jaxmllm.encoders.vit import ViT
-from jaxmllm.eval.answer import Answerer, Question
+from jaxmllm.eval.answer import Answerer, Question, Reply
 from jaxmllm.eval.conversation import Conversation, without_open_end
 from jaxmllm.eval.sampling import Sampling, Settings, next_token, sample
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.mllm import MLLM
 from jaxmllm.objectives.next_token import NextToken
+from jaxmllm.serve import batches
+from jaxmllm.serve.batches import Batcher, Job
 from tests.run_case import random_of, run_of
 
 WORDS = "what swims here how many ducks are there one two three a red blue boat and the pond says hello again"
@@ -96,7 +100,7 @@ def test_greedy_equals_a_forward_pass_for_every_token(answerer, questions, repli
         ids.append(int(run(row)[0, len(ids) - 1, : tokenizer.size].argmax()))
         if ids[-1] == answerer.stop:
             break
-    assert answerer.text(ids[start:])[0].strip() == replies[1]
+    assert answerer.so_far(ids[start:], Sampling()).text.strip() == replies[1]
 
 
 def nested(params: dict, prefix: str) -> dict:
@@ -157,6 +161,51 @@ def test_a_penalty_touches_what_was_seen():
         [True, True, True, False],
         [False, True] + [False] * 2,
     ]
+
+
+def served(batcher: Batcher, answerer: Answerer, questions: list[Question], streams: bool = False) -> list[list[Reply]]:
+    """What a batcher tells of each question, if all are asked at once."""
+    told, ended = [[] for _ in questions], queue.Queue()
+
+    def tell(row: int, reply: Reply) -> None:
+        told[row].append(reply)
+        if isinstance(reply, Exception) or reply.ended:
+            ended.put(row)
+
+    batcher.submit([Job(answerer.sample(q), q.sampling, streams, partial(tell, i)) for i, q in enumerate(questions)])
+    for _ in questions:
+        ended.get(timeout=300)
+    return told
+
+
+def test_what_is_served_together_is_what_is_served_alone(answerer, questions, replies, monkeypatch):
+    """In a real server prompts have room for more tokens; here they have the lengths that are compiled already."""
+    monkeypatch.setattr(batches, "LEAST", 32)
+    lines = []
+    batcher = Batcher(answerer, 4, lines.append)
+    together = served(batcher, answerer, questions)
+    assert [len(told) for told in together] == [1] * 4 and len(lines) == 1
+    assert [told[0].text.strip() for told in together] == replies
+    assert {told[0].ended for told in together} <= {"stop", "length"}
+    for question, (told,) in zip(questions, together):
+        assert served(batcher, answerer, [question]) == [[told]]
+    streamed = served(batcher, answerer, questions, streams=True)
+    assert [told[-1] for told in streamed] == [told[0] for told in together]
+    assert [[reply.tokens for reply in told] for told in streamed] == [
+        [*range(1, told[-1].tokens + 1)] for told in streamed
+    ]
+    batcher.stop(0)
+
+
+def test_counts_of_tokens_do_not_depend_on_when_a_stop_text_is_seen(answerer, replies):
+    ids = answerer.tokenizer.backend.encode(replies[3], add_special_tokens=False).ids
+    word = replies[3].split()[2]
+    seen_late = answerer.so_far(ids, Sampling(stop=(f" {word}",)))
+    count = next(n for n in range(1, len(ids) + 1) if answerer.so_far(ids[:n], Sampling(stop=(f" {word}",))).ended)
+    assert seen_late == answerer.so_far(ids[:count], Sampling(stop=(f" {word}",))) and seen_late.tokens == count < len(
+        ids
+    )
+    assert answerer.so_far(ids, Sampling(max_new_tokens=2))[1:] == (2, "length")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from jaxmllm.cli import (
     export,
     plan,
     report,
+    serve,
     train,
     verify,
 )
@@ -36,6 +37,7 @@ COMMANDS = (
     train,
     eval,
     chat,
+    serve,
     report,
     export,
     verify,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmllm import host_batches, sharded
+from jaxmllm import host_batches
 from jaxmllm import mesh as meshes
 from jaxmllm.config import Run
 from jaxmllm.data.ahead import map_ahead
@@ -35,7 +36,8 @@ class Question:
     """What a model is asked: a prompt, pictures (files, or Blobs for bytes from elsewhere), and what was said before.
 
     Pictures stand before the first text, unless the texts say with <image> where each of them belongs. place: where the
-    question comes from, e.g. "rows.jsonl:17", for error messages.
+    question comes from, e.g. "rows.jsonl:17", for error messages. markers_are_text: what looks like another program's
+    marker of media, such as <video>, is text; otherwise such a question cannot be asked.
     """
 
     prompt: str
@@ -43,6 +45,8 @@ class Question:
     history: tuple[tuple[str, str], ...] = ()  # earlier (prompt, reply) pairs
     place: str = "question"
     sampling: Sampling = Sampling()
+    system: str | None = None  # instead of the template's own system text
+    markers_are_text: bool = False
 
     def record(self) -> Record:
         """The question as a record whose last turn waits for its answer."""
@@ -53,7 +57,16 @@ class Question:
             texts[0] = marked(texts[0], len(self.images))
         turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
         blobs = [Blob(image, partial(read_file, image)) if isinstance(image, str) else image for image in self.images]
-        return Record(self.place, self.place, {"conversations": turns}, blobs, {})
+        data = {"conversations": turns, "system": self.system}
+        return Record(self.place, self.place, data, blobs, {}, self.markers_are_text)
+
+
+class Reply(NamedTuple):
+    """A reply, or its beginning."""
+
+    text: str  # with the blanks around it
+    tokens: int  # of the reply, with the one that ended it
+    ended: str  # "stop": by the stop token or a stop text; "length": it may not be longer; "": it goes on
 
 
 class Answerer:
@@ -84,6 +97,13 @@ class Answerer:
         """The same answerer with other parameters; it compiles nothing again."""
         other = copy.copy(self)
         other.params = params
+        return other
+
+    def up_to(self, max_new_tokens: int) -> Answerer:
+        """The same answerer with replies of at most this many tokens; it compiles programs of its own."""
+        other = copy.copy(self)
+        generator = self.generator
+        other.generator = Generator(generator.model, max_new_tokens, generator.stops, generator.vocab)
         return other
 
     def complaints(self, questions: Sequence[Question]) -> list[str | None]:
@@ -117,27 +137,47 @@ class Answerer:
 
     def reply(self, samples: Sequence[Sample], sampling: Sequence[Sampling], batch: int) -> list[str]:
         """The replies to one batch of samples, padded to `batch` rows."""
-        with jax.set_mesh(self.mesh):
-            state = self.start(samples, sampling, batch, self.generator.most)
-            while True:
-                steps = STOP_EVERY if any(each.stop for each in sampling) else self.generator.most
-                state = self.go_on(state, steps)
-                ids, done, count = jax.device_get((state.out, whole(state.done), state.count))
-                texts = [self.text(row, each.stop) for row, each in zip(ids.tolist(), sampling)]
-                stopped = np.zeros_like(done)
-                stopped[: len(texts)] = [ended for _, ended in texts]
-                stopped[len(texts) :] = texts[0][1]
-                if (done | stopped).all() or count >= self.generator.most:
-                    return [text.strip() for text, _ in texts]
-                done = host_batches.global_from_copies(done | stopped, self.mesh)
-                state = dataclasses.replace(state, done=done)
+        every = STOP_EVERY if any(each.stop for each in sampling) else self.generator.most
+        *_, replies = self.replies(samples, sampling, batch, every)
+        return [reply.text.strip() for reply in replies]
 
-    def start(self, samples: Sequence[Sample], sampling: Sequence[Sampling], batch: int, more: int) -> State:
-        """The state with the first token of each reply, on the mesh that is set. more: see Generator.prefill.
+    def replies(
+        self,
+        samples: Sequence[Sample],
+        sampling: Sequence[Sampling],
+        batch: int,
+        every: int,
+        length: int = 0,
+        given_up: Container[int] = (),
+    ) -> Iterator[list[Reply]]:
+        """Yields the replies as far as they are after the first token, and then after every `every` tokens, until all
+        are complete. length: as in `start`.
+
+        given_up: rows whose replies nobody waits for any more. It is read each time, so that it may grow meanwhile.
+        """
+        with jax.set_mesh(self.mesh):
+            state = self.start(samples, sampling, batch, self.generator.most, length)
+        while True:
+            ids, count = jax.device_get((state.out, state.count))
+            replies = [self.so_far(row[:count], each) for row, each in zip(ids.tolist(), sampling)]
+            yield replies
+            done = np.array([bool(reply.ended) or row in given_up for row, reply in enumerate(replies)])
+            if done.all():
+                return
+            done = np.append(done, np.repeat(done[:1], len(ids) - len(done)))  # the rows that were added
+            with jax.set_mesh(self.mesh):
+                state = dataclasses.replace(state, done=host_batches.global_from_copies(done, self.mesh))
+                state = self.go_on(state, every)
+
+    def start(
+        self, samples: Sequence[Sample], sampling: Sequence[Sampling], batch: int, more: int, length: int = 0
+    ) -> State:
+        """The state with the first token of each reply, on the mesh that is set. more: see Generator.prefill. length:
+        at least so many tokens stand in a row, most of them padding in a short one.
 
         Rows are added up to `batch`, and up to a multiple of what the mesh needs: copies of the first.
         """
-        length = -(-max(len(s.tokens) for s in samples) // LENGTH_STEP) * LENGTH_STEP
+        length = -(-max(length, *(len(s.tokens) for s in samples)) // LENGTH_STEP) * LENGTH_STEP
         shards = meshes.data_shards(self.mesh)
         count = -(-max(batch, len(samples)) // shards) * shards
         samples, sampling = ([*x, *x[:1] * (count - len(x))] for x in (list(samples), list(sampling)))
@@ -159,20 +199,30 @@ class Answerer:
         """int32 scalars on every device."""
         return jax.device_put([np.int32(x) for x in numbers], NamedSharding(self.mesh, PartitionSpec()))
 
-    def text(self, ids: list[int], stop: Sequence[str] = ()) -> tuple[str, bool]:
-        """The text of a reply, and whether one of the texts in `stop` ended it.
+    def so_far(self, ids: list[int], sampling: Sampling) -> Reply:
+        """The reply of these tokens, those after its end left aside.
 
-        It ends at the stop token, which a tokenizer need not flag as special, or before the first of these texts.
+        It ends at the stop token, which a tokenizer need not flag as special, or before the first of the stop texts.
         """
-        text = self.tokenizer.decode(ids[: ids.index(self.stop) if self.stop in ids else len(ids)])
-        places = [text.find(end) for end in stop if end in text]
-        return text[: min(places, default=len(text))], bool(places)
+        most = min(sampling.max_new_tokens or self.generator.most, self.generator.most)
+        ended = "length" if len(ids) >= most else ""
+        ids = ids[:most]
+        if self.stop in ids:
+            ids, ended = ids[: ids.index(self.stop) + 1], "stop"
+        text = self.decoded(ids)
+        if any(end in text for end in sampling.stop):
+            # The number of tokens must not depend on how many were made before the text was looked at.
+            count = next(
+                n for n in range(1, len(ids) + 1) if any(end in self.decoded(ids[:n]) for end in sampling.stop)
+            )
+            ids, ended = ids[:count], "stop"
+            text = self.decoded(ids)
+            text = text[: min(text.find(end) for end in sampling.stop if end in text)]
+        return Reply(text, len(ids), ended)
 
-
-@jax.jit
-def whole(x: jax.Array) -> jax.Array:
-    """x on every device, which each process can read."""
-    return sharded.shard(x, *[None] * x.ndim)
+    def decoded(self, ids: list[int]) -> str:
+        """The text of tokens of which the last may be the stop token."""
+        return self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.stop] else ids)
 
 
 def marked(text: str, pictures: int) -> str:

@@ -12,7 +12,7 @@ from jaxmllm import host_batches
 from jaxmllm import mesh as meshes
 from jaxmllm.data.samples import Sample
 from jaxmllm.data.sources.record import Blob
-from jaxmllm.eval.answer import LENGTH_STEP, Answerer, Question, marked
+from jaxmllm.eval.answer import LENGTH_STEP, Answerer, Question, Reply, marked
 from jaxmllm.eval.generate import State
 from jaxmllm.eval.sampling import Sampling
 from jaxmllm.train.state import unflatten
@@ -48,28 +48,25 @@ class Conversation:
         said = ""
         with jax.set_mesh(self.answerer.mesh):
             self._begin(sample)
-        for text, ended in self._texts(sample):
-            # What could be the beginning of a stop text, or of a letter of several tokens, waits for the next token.
-            text = text.lstrip() if ended else without_open_end(text.lstrip(), self.sampling.stop)
-            text = text.rstrip() if ended else text[: len(text.rstrip())]
-            if len(text) > len(said) and text.startswith(said):
-                yield text[len(said) :]
-                said = text
+        for reply in self._replies(sample):
+            piece = new_text(said, reply, self.sampling.stop)
+            if piece:
+                yield piece
+            said += piece
         self.history += ((prompt, said),)
 
-    def _texts(self, sample: Sample) -> Iterator[tuple[str, bool]]:
-        """The text of the reply after each token, and whether it is complete."""
+    def _replies(self, sample: Sample) -> Iterator[Reply]:
+        """The reply after each token, until it is complete."""
         answerer, prompt = self.answerer, self._held
         while True:
+            ids, count = jax.device_get((self._state.out[0], self._state.count))
+            ids = ids[:count].tolist()
+            self._held = prompt + ids[:-1]
+            reply = answerer.so_far(ids, self.sampling)
+            yield reply
+            if reply.ended:
+                return
             with jax.set_mesh(answerer.mesh):
-                ids, count, done = jax.device_get((self._state.out[0], self._state.count, self._state.done[0]))
-                ids = ids[:count].tolist()
-                self._held = prompt + ids[:-1]
-                text, stopped = answerer.text(ids, self.sampling.stop)
-                ended = bool(done) or stopped or count >= answerer.generator.most
-                yield text, ended
-                if ended:
-                    return
                 self._state = answerer.go_on(self._state, 1)
 
     def _begin(self, sample: Sample) -> None:
@@ -97,6 +94,15 @@ class Conversation:
         self._state = answerer.generator.extend(
             unflatten(answerer.params), state.cache, slot, tokens, first, count, settings
         )
+
+
+def new_text(said: str, reply: Reply, stop: Sequence[str]) -> str:
+    """What can be said of a reply after `said`, which was said of it before.
+
+    What could be the beginning of a stop text, or of a letter of several tokens, waits for the next token.
+    """
+    text = reply.text.strip() if reply.ended else without_open_end(reply.text.lstrip(), stop).rstrip()
+    return text[len(said) :] if text.startswith(said) else ""
 
 
 def without_open_end(text: str, stop: Sequence[str]) -> str:

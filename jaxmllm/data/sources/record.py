@@ -45,6 +45,7 @@ class Record:
     data: dict[str, Any]  # the JSON object
     images: list[Blob]
     maps: dict[str, Blob]  # field of MAPS -> target map
+    markers_are_text: bool = False  # whether what looks like a marker of media, but is not <image>, is text
 
     def bad(self, kind: str, detail: str = "", path: str | None = None) -> BadSample:
         """The error that says what is wrong with this record; path: the file at fault if it is not the record's."""
