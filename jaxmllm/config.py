@@ -44,6 +44,7 @@ class Data:
     """How records become rows. A stage may replace any of these fields (Stage.data)."""
 
     tokenizer: str  # Hugging Face tokenizer folder
+    added_tokens: tuple[str, ...] = ()  # special tokens that it lacks; they get the next ids
     template: Any = dataclasses.field(metadata=has("of"))  # data.templates.ChatTemplate, OwnTemplate
     seq_len: Positive  # S, tokens of a row
     image_slots: Natural  # I, images of a row

@@ -124,11 +124,12 @@ class MLLM(nn.Module):
         taps = tuple(sorted({layer for each in chosen.values() for layer in each.needs.layers}))
         states, tapped, _, aux = self.hidden(batch, taps)
         terms = {name: Term(aux[name], jnp.ones_like(aux[name], bool)) for name in self.llm.aux}
-        metrics, layout, first, table = {}, self.layout, self.layout.tokens.count, self.llm.output_table()
+        metrics, layout, first = {}, self.layout, self.layout.tokens.count
+        table, cap = self.llm.output_table(), self.llm.logit_cap
         for name, objective in self.objectives.items():
             if name in chosen:
                 with jax.named_scope(name if name == "next_token" else f"objective_{name}"):
-                    view = ModelView(name, batch, layout, first, states, tapped, table, self.llm.logit_cap)
+                    view = ModelView(name, batch, layout, first, states, tapped, table, self.llm.vocab, cap)
                     terms[name], metrics[name] = objective(view)
             first += objective.needs.tokens
         return terms, metrics
@@ -136,7 +137,7 @@ class MLLM(nn.Module):
     @property
     def loss_names(self) -> tuple[str, ...]:
         """What a stage may weigh in `losses`: the objectives, and the auxiliary losses of the decoder's blocks."""
-        return *self.objectives, *self.llm.aux
+        return *(name for name, each in self.objectives.items() if each.has_loss), *self.llm.aux
 
     def counts(self, batch: Batch, losses: tuple[str, ...]) -> dict[str, jax.Array]:
         """The number of values that each objective averages over. int32 scalars."""

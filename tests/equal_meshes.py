@@ -172,7 +172,7 @@ def chunk_shapes(program: Program) -> set[tuple[int, ...]]:
     """Keys of the shapes of one chunk of the output table, gathered over fsdp."""
     (vocab, width), sizes = program.state.trainable["llm/lm_head/embedding"].shape, program.mesh.shape
     parts = sizes["tensor"] * sizes["fsdp"]
-    rows = Chunks.of(vocab // parts, program.run.model.objectives["next_token"].chunk / parts).rows
+    rows = Chunks.of(vocab // parts, program.run.model.objectives["next_token"].chunk / parts, vocab).rows
     return {collectives.key(dims) for dims in ((sizes["fsdp"], rows, width), (sizes["fsdp"] * rows, width))}
 
 

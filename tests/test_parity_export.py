@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,14 +13,18 @@ from jaxmllm.data.tokenizer import load_tokenizer
 from jaxmllm.eval.verify import verify
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.fusers.single import Single
+from jaxmllm.llms import presets as llms
 from jaxmllm.nn.lora import LoRA, is_adapter
+from jaxmllm.nn.primitives import soft_cap
 from jaxmllm.weights.export import export
+from jaxmllm.weights.parts import load_parts
 from jaxmllm.weights.peft import export_adapter
 from tests import llava_case
 from tests.conftest import jaxmllm
 from tests.parity import TOLERANCE
-from tests.run_case import random_of, run_of, save
+from tests.run_case import abstract_of, random_of, run_of, save
 from tests.test_export import CLIP, bytes_, llava, text_only, words  # noqa: F401
+from tests.test_parity_hf import FAMILIES, theirs
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 transformers = pytest.importorskip("transformers")
@@ -38,14 +43,70 @@ def exported(tmp_path, model, tokenizer):
 def test_a_decoder(tmp_path, words, fields):  # noqa: F811
     model = text_only(40, eps=1e-6, rope_theta=5e5, **fields)
     params = exported(tmp_path, model, words)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    opened, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     tokens = np.random.default_rng(0).integers(0, 40, (2, 12), dtype=np.int32)
     batch = llava_case.text_batch_of(model, tokens)
     logits, _ = llava_case.outputs(model, params, batch)
+    np.testing.assert_allclose(logits, logits_of(opened, tokens), rtol=0, atol=TOLERANCE)
+    assert verify(str(tmp_path / "run"), f"transformers:{tmp_path}/out").equal()
+
+
+def logits_of(model, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        expected = theirs.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+        return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_in_and_out(tmp_path, words, family):  # noqa: F811
+    """transformers' model -> its folder -> a run -> export -> transformers' model: the same tensors and logits."""
+    before = theirs(family, tmp_path / "theirs", tied=family.startswith(("gemma", "qwen3", "smollm3")))
+    model = text_only(60).clone(llm=llms.from_folder(tmp_path / "theirs"))
+    run = run_of(model, words)
+    params = jax.device_get(load_parts(model, {"llm": str(tmp_path / "theirs")}, abstract_of(run))[0])
+    save(run, params, tmp_path / "run")
+    made = export(str(tmp_path / "run"), str(tmp_path / "out"))
+    # With nothing of their own, these are models of simpler families.
+    assert made.layout == {"mistral": "LlamaForCausalLM", "phi3": "MistralForCausalLM"}.get(
+        family, type(before).__name__
+    )
+    kind = transformers.AutoModelForCausalLM
+    after, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="eager")
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    if family != "phi3":  # which joins the tensors of several layers
+        assert before.state_dict().keys() == after.state_dict().keys()
+        assert all(torch.equal(x, after.state_dict()[key]) for key, x in before.state_dict().items())
+    tokens = np.random.default_rng(0).integers(3, 60, (2, 24), dtype=np.int32)
+    expected = logits_of(before, tokens)
+    np.testing.assert_allclose(logits_of(after, tokens), expected, rtol=0, atol=TOLERANCE)
+    ours, _ = llava_case.outputs(model, params, llava_case.text_batch_of(model, tokens))
+    np.testing.assert_allclose(soft_cap(ours, model.llm.logit_cap), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_added_tokens(tmp_path, words, tied):  # noqa: F811
+    """A base of 60 tokens gets three more and padding; transformers opens the export with 63."""
+    before = theirs("llama3", tmp_path / "theirs", tied)
+    model = text_only(60).clone(llm=llms.from_folder(tmp_path / "theirs", vocab=63, table_multiple=16))
+    run = run_of(model, words)
+    params = jax.device_get(load_parts(model, {"llm": str(tmp_path / "theirs")}, abstract_of(run))[0])
+    save(run, params, tmp_path / "run")
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert after.config.vocab_size == 63 and len(after.lm_head.weight) == 63
+    tokens = np.random.default_rng(0).integers(3, 60, (2, 24), dtype=np.int32)
+    expected, found = logits_of(before, tokens), logits_of(after, tokens)
+    np.testing.assert_allclose(found[..., :60], expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(found[..., 60:], expected.mean(-1, keepdims=True).repeat(3, -1), rtol=0, atol=TOLERANCE)
+    # What transformers makes of the same resize
+    before.resize_token_embeddings(63, mean_resizing=False)
+    with torch.no_grad():
+        for table in {before.get_input_embeddings().weight, before.get_output_embeddings().weight}:
+            table[60:] = table[:60].mean(0)
+    np.testing.assert_allclose(found, logits_of(before, tokens), rtol=0, atol=TOLERANCE)
+    new = np.array([[60, 5, 61, 7, 62, 9]], np.int32)
+    ours, _ = llava_case.outputs(model, params, llava_case.text_batch_of(model, new))
+    np.testing.assert_allclose(ours[..., :63], logits_of(after, new), rtol=0, atol=TOLERANCE)
     assert verify(str(tmp_path / "run"), f"transformers:{tmp_path}/out").equal()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from jaxmllm.aggregators.mlp import MLPProjector
 from jaxmllm.aggregators.sva import SVA, SVALayer
+from jaxmllm.cli.main import main
 from jaxmllm.encoders.vit import ViT
 from jaxmllm.fusers.dense_connector import sci
 from jaxmllm.fusers.mmfuser import MMFuser
@@ -174,6 +175,30 @@ CAMBRIAN = {
 }  # fmt: skip
 
 
+VISPER = {
+    "aux_mode": "depth-gen", "num_task_tokens": 2, "contrastive_loss_weight": 0.3,
+    "image_depth": {
+        "depth": 1, "dim_head": 32, "num_heads": 4, "ff_mult": 1, "num_tokens": 4, "output_dim": 6,
+        "depth_layer_indices": "2", "depth_loss_weight": 0.5,
+    },
+    "image_gen": {
+        "depth": 2, "dim_head": 32, "num_heads": 4, "ff_mult": 1, "num_tokens": 1, "output_dim": 6,
+        "img_layer_indices": "3", "img_loss_weight": 0.5,
+    },
+}  # fmt: skip
+
+
+def of_folder(folder, model) -> MLLM:
+    """model_of, with the toy's sizes of what config.json does not name: Cambrian-1 has 16 heads."""
+    found = model_of(folder, model.encoders)
+    if isinstance(model.aggregator, SVA):
+        layer = dataclasses.replace(found.llm.inserts, layer=found.llm.inserts.layer.clone(heads=4))
+        found = found.clone(aggregator=found.aggregator.clone(heads=4), llm=found.llm.clone(inserts=layer))
+    if found.fusers == {"a": MMFuser()}:
+        found = found.clone(fusers={"a": MMFuser(4, 2)})
+    return found.clone(llm=found.llm.clone(head_dim=None))
+
+
 @pytest.mark.parametrize(
     "name, config",
     [
@@ -181,18 +206,60 @@ CAMBRIAN = {
         ("dense_connector", {"mm_dense_connector_type": "sci"}),
         ("mmfuser", {}),
         ("cambrian", CAMBRIAN),
+        ("visper", VISPER),
     ],
 )
 def test_the_model_of_a_folder(tmp_path, words, name, config):  # noqa: F811
     model = MODELS[name][0]
     folder_of(tmp_path, model, random_of(run_of(model, words)), **config)
-    found = model_of(tmp_path, model.encoders)
-    if name == "cambrian":  # which has 16 heads, the toy 4
-        layer = dataclasses.replace(found.llm.inserts, layer=found.llm.inserts.layer.clone(heads=4))
-        found = found.clone(aggregator=found.aggregator.clone(heads=4), llm=found.llm.clone(inserts=layer))
-    if name == "mmfuser":
-        found = found.clone(fusers={"a": MMFuser(4, 2)})
-    assert found.clone(llm=found.llm.clone(head_dim=None)) == model
+    found = of_folder(tmp_path, model)
+    assert found == model and list(found.objectives) == list(model.objectives)
+
+
+def test_task_tokens_without_predictors(tmp_path, words):  # noqa: F811
+    """VisPer-LM's last stage: its checkpoints hold the tokens, and no stage can weigh a loss of theirs."""
+    bare = {name: each.clone(layers=(), predictor_width=None, extra_heads=0) for name, each in TEACHERS.items()}
+    model = mllm(objectives=bare)
+    run = run_of(model, words)
+    params = random_of(run)
+    tensors = folder_of(tmp_path, model, params, **VISPER)
+    assert {key for key in tensors if re.search("special|head|scale", key)} == {
+        "model.special_depth_tokens",
+        "model.special_gen_tokens",
+        "lm_head.weight",
+    }
+    assert of_folder(tmp_path, model) == model and model.loss_names == ("next_token",) and not model.target_shapes
+    found, _ = load(run, tmp_path)
+    assert found.keys() == without_encoders(params).keys()
+    for change, says in (
+        ({"aux_mode": "depth-pose"}, "aux_mode names 'pose', of which config.json has no image_pose"),
+        ({"num_task_tokens": 0}, "num_task_tokens is 0; predictors with queries of their own are not known"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | VISPER | change))
+        with pytest.raises(ValueError, match=says):
+            model_of(tmp_path, model.encoders)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verify(tmp_path, words, name, capsys):  # noqa: F811
+    """A folder in its authors' layout against the run that it comes from, and against another one."""
+    model, folder = MODELS[name][0], str(tmp_path / "out")
+    run = run_of(model, words)
+    params = random_of(run)
+    save(run, params, tmp_path / "run")
+    export(str(tmp_path / "run"), folder, authors=True)
+    assert of_folder(tmp_path / "out", model) == model  # config.json says what it is
+    assert main(["verify", folder, str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "encoders.a: not in " in text and re.search(r"^llm: .*, parameters equal", text, re.M)
+    parts = {"mmfuser": "fusers.a", "cambrian": "inserts", "visper": "objectives.depth"}
+    assert re.search(rf"^{parts.get(name, 'aggregator')}: .*parameters equal", text, re.M), text
+    if name == "llava":
+        params["aggregator/projector/linear_0/bias"][0] += 0.5
+        save(run, params, tmp_path / "other")
+        assert main(["verify", str(tmp_path / "other"), folder]) == 1
+        assert main(["verify", folder, folder]) == 2
+        assert "is in its authors' layout, without encoders; compare it with a run" in capsys.readouterr().err
 
 
 def test_an_unknown_projector_is_named(tmp_path):

@@ -10,7 +10,7 @@ from jaxmllm.cli import common
 def add(commands) -> None:
     text = "say whether two models are the same: outputs, next-token distributions, parameters"
     parser = common.add_command(commands, "verify", run, text, "jaxmllm verify runs/mine transformers:exported/mine")
-    where = "a workdir, a folder of `jaxmllm export` or of Hugging Face, or transformers:FOLDER for its own forward"
+    where = "a workdir, a folder of `jaxmllm export`, of Hugging Face or in a released layout, or transformers:FOLDER"
     parser.add_argument("a", metavar="A", help=where)
     parser.add_argument("b", metavar="B")
     parser.add_argument("--kl", type=float, default=3e-7, help="largest KL divergence, in nats (default: 3e-7)")

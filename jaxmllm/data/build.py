@@ -35,9 +35,12 @@ def sample_spec(run: Run, stage: Stage | None = None) -> SampleSpec:
     have.
     """
     data, model = run.data_of(stage) if stage else run.data, run.model
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer, data.added_tokens)
     if tokenizer.size > model.llm.vocab:
-        raise ConfigError(f"{data.tokenizer} has {tokenizer.size} tokens, but model.llm.vocab is {model.llm.vocab}")
+        raise ConfigError(
+            f"{data.tokenizer} has {tokenizer.size} tokens, but model.llm.vocab is {model.llm.vocab}; "
+            f"model.llm.vocab={tokenizer.size} makes the tables of its folder larger"
+        )
     template, lengths = data.template.of(data.tokenizer), (data.seq_len, data.image_slots)
     return SampleSpec(tokenizer, template, model.layout, *lengths, data.targets, data.fast_jpeg, data.tiling)
 

@@ -55,7 +55,10 @@ class SampleSpec:
         for marker in self.template.markers():
             if self.tokenizer.backend.token_to_id(marker) is None:
                 missing = f"the token {marker}, which the tokenizer {self.tokenizer.path} lacks"
-                raise ValueError(f"template {self.template.name} needs {missing}")
+                raise ValueError(
+                    f"template {self.template.name} needs {missing}; data.added_tokens gives it tokens, such as "
+                    f"('{marker}',)"
+                )
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxmllm.errors import suggest_path
@@ -49,8 +49,9 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder; nothing is downloaded. Raises ValueError if there is none at `path`."""
+def load_tokenizer(path: str, added: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder; nothing is downloaded. added: special tokens that it gets if it lacks
+    them. Raises ValueError if there is none at `path`."""
     file = Path(path) / "tokenizer.json"
     if file.is_file():
         backend = Backend.from_file(str(file))
@@ -61,7 +62,21 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise ValueError(f"no tokenizer at {path}{suggest_path(path)}: {need}")
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(str(path), backend)
+    tokenizer = Tokenizer(str(path), backend)
+    add_tokens(tokenizer, added)
+    return tokenizer
+
+
+def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
+    """Adds special tokens, those that are not there yet, with the next ids. Raises ValueError if ids have gaps."""
+    for token in tokens:
+        if tokenizer.backend.token_to_id(token) is None:
+            expected = tokenizer.size
+            tokenizer.backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+            if tokenizer.id(token) != expected:
+                raise ValueError(
+                    f"the ids of {tokenizer.path} have gaps: {token} would not get {expected}; add it to the tokenizer"
+                )
 
 
 def train_word_tokenizer(texts: Iterable[str], out_dir: str) -> Tokenizer:

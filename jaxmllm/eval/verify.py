@@ -24,7 +24,8 @@ from jaxmllm.mllm import MLLM
 from jaxmllm.nn.primitives import soft_cap
 from jaxmllm.train.state import Params, unflatten
 from jaxmllm.weights.hf_config import read_config
-from jaxmllm.weights.opened import Opened, abstract_model, open_model
+from jaxmllm.weights.opened import Opened, abstract_model, is_released_folder, open_model, open_released
+from jaxmllm.weights.tables import unpadded
 
 TRANSFORMERS = "transformers:"
 ROWS, BEFORE, TEXT = 8, 4, 24  # rows, tokens before the picture, tokens after it
@@ -85,9 +86,10 @@ class Comparison:
 
 def verify(a: str, b: str, *, mesh: Mesh | None = None, config: str | None = None, seed: int = 0) -> Comparison:
     """Compares two models in float32. a, b: see weights.opened.open_model; "transformers:FOLDER" is transformers' own
-    forward, which needs torch. mesh: of our models (default: all devices along fsdp). Raises ValueError, in one line.
+    forward, which needs torch; one may be a checkpoint in its authors' layout, which is read as the model of the other.
+    mesh: of our models (default: all devices along fsdp). Raises ValueError, in one line.
     """
-    opened = {text: open_model(text.removeprefix(TRANSFORMERS), config) for text in dict.fromkeys((a, b))}
+    opened = open_both(a, b, config)
     models = [opened[text].model for text in (a, b)]
     folders = [text.removeprefix(TRANSFORMERS) for text in (a, b) if text.startswith(TRANSFORMERS)]
     inputs = make_inputs(*models, seed, {token for folder in folders if (token := image_token(folder)) is not None})
@@ -99,7 +101,28 @@ def verify(a: str, b: str, *, mesh: Mesh | None = None, config: str | None = Non
             found.append(outputs(opened[text], inputs, (mesh or Mesh()).build()))
     # Encoders are compared by their order: those of folders have no names of their own.
     names = dict(zip(*(opened[text].model.encoders for text in (b, a))))
-    return compare(found[0], renamed(found[1], names))
+    return without_borrowed(compare(found[0], renamed(found[1], names)), opened)
+
+
+def open_both(a: str, b: str, config: str | None) -> dict[str, Opened]:
+    """The two models by what names them. Raises ValueError, in one line."""
+    released = [text for text in dict.fromkeys((a, b)) if is_released_folder(text)]
+    others = [text for text in (a, b) if text not in released]
+    if not others:
+        raise ConfigError(f"{b} is in its authors' layout, without encoders; compare it with a run or an export")
+    opened = {text: open_model(text.removeprefix(TRANSFORMERS), config) for text in dict.fromkeys(others)}
+    return opened | {text: open_released(text, opened[others[0]]) for text in released}
+
+
+def without_borrowed(comparison: Comparison, opened: Mapping[str, Opened]) -> Comparison:
+    """Says of parts that one model has from the other that they were not compared."""
+    said = {
+        part: f"not in {each.name}; that of the other model is used"
+        for each in opened.values()
+        for part in each.borrowed
+    }
+    hashes = {part: pair for part, pair in comparison.hashes.items() if part not in said}
+    return dataclasses.replace(comparison, differences=comparison.differences | said, hashes=hashes)
 
 
 def renamed(outputs: Outputs, names: Mapping[str, str]) -> Outputs:
@@ -168,7 +191,7 @@ def outputs(opened: Opened, inputs: Inputs, mesh: jax.sharding.Mesh) -> Outputs:
         params = opened.load(abstract_model(model, mesh))
         batch = host_batches.global_from_copies(make_batch(model, inputs), mesh)
         parts, logits = jax.device_get(jax.jit(lambda p, b: _forward(model, p, b))(params, batch))
-        return Outputs(opened.name, parts, logits, hashes(params))
+        return Outputs(opened.name, parts, logits, hashes(params, model.llm.vocab))
 
 
 def _forward(model: MLLM, params: Params, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -187,7 +210,7 @@ def _forward(model: MLLM, params: Params, batch: Batch) -> tuple[dict[str, jax.A
     text = jnp.concatenate([states[:, :BEFORE], states[:, BEFORE + block :]], 1)
     table = sharded.gather_param(model.apply(variables, method=lambda m: m.llm.output_table()), ("vocab", "embed"))
     logits = sharded.einsum("bsh,vh->bsv", text, table, "batch", None, "vocab")
-    return parts, whole(soft_cap(logits, model.llm.logit_cap))
+    return parts, whole(soft_cap(logits, model.llm.logit_cap))[..., : model.llm.vocab]
 
 
 def _main(output: Any) -> jax.Array:
@@ -201,12 +224,13 @@ def whole(x: jax.Array) -> jax.Array:
     return sharded.shard(x.astype(jnp.float32), *[None] * x.ndim)
 
 
-def hashes(params: Params) -> dict[str, str]:
-    """Part -> a hash of the paths, shapes and numbers of its parameters, whatever their dtype."""
+def hashes(params: Params, vocab: int | None = None) -> dict[str, str]:
+    """Part -> a hash of the paths, shapes and numbers of its parameters, whatever their dtype; without the padding of
+    the tables of tokens, which have `vocab` rows."""
     digests: dict[str, Any] = {}
     for path in sorted(params):
         digest = digests.setdefault(part_of(path), hashlib.sha256())
-        x = np.asarray(params[path]).astype(np.float32, order="C")
+        x = unpadded(path, np.asarray(params[path]), vocab).astype(np.float32, order="C")
         inside = path.removeprefix(part_of(path).replace(".", "_"))
         digest.update(f"{inside} {x.shape}\n".encode())
         digest.update(x.data)

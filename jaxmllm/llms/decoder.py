@@ -7,6 +7,7 @@ data of the scan. With `inserts`, layers that look at the image follow some deco
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -87,6 +88,9 @@ class Decoder(nn.Module):
     final norm (as in Hugging Face's hidden_states and VisPer-LM).
 
     windowed and rotary are patterns that repeat over the layers: (True, False) is every other layer, from the first.
+
+    The tables of tokens have `vocab` rows, and with table_multiple a few more, up to a multiple of it, so that they
+    divide over the mesh. Those are padding: no token looks them up, they are never predicted, and no export has them.
     """
 
     vocab: Positive
@@ -114,6 +118,7 @@ class Decoder(nn.Module):
     embed_scale: float | None = None  # embedded tokens are multiplied by it
     zero_centred: bool = False  # norms scale by 1 + their parameter
     post_norms: bool = False  # norms after attention and MLP too
+    table_multiple: int = 1  # of the rows of the tables of tokens
     inserts: VisualInserts | None = None
     remat: str = "full"
     unroll: int | bool = 1
@@ -133,6 +138,8 @@ class Decoder(nn.Module):
                 f"Decoder: the last visual layer would follow layer {self.inserts.last}, and the last layer is "
                 f"{self.layers - 1}; change start, stride or count of inserts"
             )
+        if self.table_multiple < 1:
+            raise ValueError(f"Decoder: table_multiple is {self.table_multiple}, but must be 1 or more")
         if not self.windowed or not self.rotary:
             raise ValueError(
                 "Decoder: windowed and rotary need an entry, for all layers; without a window: window=None"
@@ -170,13 +177,14 @@ class Decoder(nn.Module):
         return {name: jnp.array(values) for name, values in kinds.items() if len(set(values)) > 1} or None
 
     def setup(self):
-        self.embedding = Embed(self.vocab, self.width)
+        rows = math.ceil(self.vocab / self.table_multiple) * self.table_multiple
+        self.embedding = Embed(rows, self.width)
         self.blocks = Stack(self.block(), self.layers, self.remat, self.unroll)
         if self.inserts:
             self.visual = VisualLayers(self.inserts, self.layers, self.remat != "none")
         self.norm = Norm("rms", self.eps, self.zero_centred)
         if not self.tied:
-            self.lm_head = Embed(self.vocab, self.width)
+            self.lm_head = Embed(rows, self.width)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, S] -> [B, S, H]."""
@@ -184,7 +192,7 @@ class Decoder(nn.Module):
         return x if self.embed_scale is None else x * jnp.asarray(self.embed_scale, x.dtype)
 
     def output_table(self) -> jax.Array:
-        """The table [V, H] as it is stored: logits = soft_cap(hidden @ table.T, logit_cap)."""
+        """The table as it is stored, [V and padding, H]: logits = soft_cap(hidden @ table.T, logit_cap)[.., :vocab]."""
         return (self.embedding if self.tied else self.lm_head).kernel()
 
     def __call__(

@@ -24,7 +24,8 @@ class ModelView:
     first_task_token: int  # place of the objective's task tokens in the visual block of an image
     states: jax.Array  # [B, S, H], after the final norm
     tapped: dict[int, jax.Array]  # layer -> states [B, S, H], for the layers that the objective names
-    output_table: jax.Array  # [V, H], as it is stored
+    output_table: jax.Array  # [V, H] and perhaps rows of padding, as it is stored
+    vocab: int  # V
     logit_cap: float | None = None  # logits = soft_cap(states @ output_table.T, logit_cap)
 
 
@@ -42,6 +43,11 @@ class Objective(nn.Module):
     @property
     def needs(self) -> Needs:
         return Needs()
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a stage may weigh it in `losses`."""
+        return True
 
     def check(self, name: str, layout: VisualLayout) -> None:
         """Raises ValueError if the objective does not fit the visual path."""

@@ -80,9 +80,9 @@ class EmbedDistill(Objective):
     array has `queries` rows, a multiple of `tokens`: the means of contiguous groups are the task tokens, the rows
     themselves are the predictor's queries. Otherwise (gen) it has `tokens` rows, which are the task tokens, and the
     queries come from their hidden states at the layer (`fit_queries`; one query is their mean). layers: 1-based, as
-    Decoder's taps. aligned: each query also gets the hidden state of the visual token at its cell (then queries = L*L).
-    VisPer-LM's queries must find their place by attention, which takes a model that starts from nothing thousands of
-    steps.
+    Decoder's taps; without any, there are task tokens and nothing more, as in VisPer-LM's last stage. aligned: each
+    query also gets the hidden state of the visual token at its cell (then queries = L*L). VisPer-LM's queries must find
+    their place by attention, which takes a model that starts from nothing thousands of steps.
     """
 
     queries: Positive
@@ -107,7 +107,12 @@ class EmbedDistill(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(self.layers, self.tokens, (self.queries, self.dim))
+        return Needs(self.layers, self.tokens, (self.queries, self.dim) if self.layers else None)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether there is a predictor."""
+        return bool(self.layers)
 
     def check(self, name: str, layout: VisualLayout) -> None:
         """Raises ValueError if aligned queries and cells differ in number."""
@@ -150,6 +155,8 @@ class EmbedDistill(Objective):
         return sharded.reshape(y, b * slots, *y.shape[2:])
 
     def __call__(self, view: ModelView) -> tuple[Term, dict[str, Term]]:
+        if not self.layers:
+            return Term(jnp.zeros(0), jnp.zeros(0, bool)), {}
         batch, target = view.batch, view.batch.targets[view.name]
         places = task_places(batch, view.layout, view.first_task_token, self.tokens)
         predictions = [self.predict(i, view.tapped[layer], places) for i, layer in enumerate(self.layers)]

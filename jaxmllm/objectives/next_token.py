@@ -28,37 +28,47 @@ class NextToken(Objective):
         return (batch.labels != IGNORE_LABEL).sum()
 
     def __call__(self, view: ModelView) -> tuple[Term, dict[str, Term]]:
-        term, hit = next_token(view.states, view.output_table, view.batch.labels, self.chunk, view.logit_cap)
+        labels, cap, vocab = view.batch.labels, view.logit_cap, view.vocab
+        term, hit = next_token(view.states, view.output_table, labels, self.chunk, cap, vocab)
         return term, {"accuracy": Term(hit.astype(jnp.float32), term.mask)}
 
 
 def next_token(
-    hidden: jax.Array, table: jax.Array, labels: jax.Array, chunk: int, cap: float | None = None
+    hidden: jax.Array,
+    table: jax.Array,
+    labels: jax.Array,
+    chunk: int,
+    cap: float | None = None,
+    vocab: int | None = None,
 ) -> tuple[Term, jax.Array]:
     """hidden [B, S, H], table [V, H], labels int32[B, S] (IGNORE_LABEL: none) -> (negative log-likelihood, bool[B, S]).
 
     About `chunk` entries of the vocabulary become float32 logits at a time, and again in the backward pass, which sums
     their gradients over all tokens in one product. The table is passed as it is stored: if it is split over fsdp, it is
-    gathered, and its gradient scattered, chunk by chunk. cap: logits pass primitives.soft_cap. The second result is
-    true where the label is the most likely token.
+    gathered, and its gradient scattered, chunk by chunk. cap: logits pass primitives.soft_cap. vocab: the rows of the
+    table that are tokens; those after them are padding, which has no probability and a gradient of zero. The second
+    result is true where the label is the most likely token.
     """
     hidden, labels = sharded.shard(hidden, "batch", "length", None), sharded.shard(labels, "batch", "length")
     table = sharded.split_by_device(table)
-    nll, hit = losses(hidden, table, labels, Chunks.of(table.shape[1], chunk / table.shape[0]), cap)
+    chunks = Chunks.of(table.shape[1], chunk / table.shape[0], vocab or table.shape[0] * table.shape[1])
+    nll, hit = losses(hidden, table, labels, chunks, cap)
     return Term(nll, labels != IGNORE_LABEL), hit
 
 
 class Chunks(NamedTuple):
-    """How the `total` rows of each part of the table are taken `rows` at a time, `count` times."""
+    """How the `total` rows of each part of the table are taken `rows` at a time, `count` times. vocab: see
+    next_token."""
 
     total: int
     rows: int
     count: int
+    vocab: int
 
     @classmethod
-    def of(cls, total: int, rows: float) -> Chunks:
+    def of(cls, total: int, rows: float, vocab: int) -> Chunks:
         count = math.ceil(total / max(rows, ROWS))
-        return cls(total, min(total, math.ceil(total / count / ROWS) * ROWS), count)
+        return cls(total, min(total, math.ceil(total / count / ROWS) * ROWS), count, vocab)
 
     def start(self, i: jax.Array | int) -> jax.Array:
         """First row of chunk i.
@@ -73,10 +83,13 @@ class Chunks(NamedTuple):
         return sharded.reshape_to(rows, (rows.shape[0] * rows.shape[1], rows.shape[2]), "vocab", None)
 
     def entries(self, parts: int, i: jax.Array | int) -> jax.Array:
-        """int32[chunk]: the entries of the vocabulary in chunk i; -1 for those that were already taken."""
+        """int32[chunk]: the entries of the vocabulary in chunk i; -1 for padding and for those already taken."""
         row = self.start(i) + jnp.arange(self.rows)
         entry = jnp.arange(parts)[:, None] * self.total + row
-        return jnp.where(row >= i * self.rows, entry, -1).reshape(-1)
+        new = row >= i * self.rows
+        if parts * self.total > self.vocab:
+            new = new & (entry < self.vocab)
+        return jnp.where(new, entry, -1).reshape(-1)
 
     def fold(self, step, carry, table: jax.Array):
         """carry = step(carry, weights [chunk, H], i) for each chunk i."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
-Shape = tuple[int, ...]
+from jaxmllm.weights.tables import Grown, Shape, grows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +158,11 @@ class Piece:
     shape: Shape  # of the place in our parameter that it fills
     share: slice | None
 
-    def read(self, foreign: Mapping[str, np.ndarray]) -> np.ndarray:
+    def read(self, foreign: Mapping[str, np.ndarray]) -> np.ndarray | Grown:
         """These elements in our layout: a view of the foreign tensor, except where the layout needs a copy."""
         array = foreign[self.entry.key]
+        if grows(self.entry.path, array.shape, self.shape):
+            return Grown(array, self.shape[0])
         if self.share:
             array = array[(slice(None),) * self.entry.axis + (self.share,)]
         return self.entry.transform.load(array, self.shape)
@@ -170,8 +172,8 @@ def misfits(key_map: KeyMap, foreign: Mapping[str, np.ndarray], ours: Mapping[st
     """Everything that keeps foreign tensors from filling `ours` ({path: shape}). Reads names, shapes and dtypes only.
 
     Every parameter (every index of a stacked one) must be filled exactly once, every foreign key must be used or
-    ignored by the key map, every shape must fit, and numbers must be floating point. "-" marks what is missing, "+"
-    what is surplus, "!" what does not fit.
+    ignored by the key map, every shape must fit (a table of tokens may have fewer rows, tables.Grown), and numbers must
+    be floating point. "-" marks what is missing, "+" what is surplus, "!" what does not fit.
     """
     problems, tensors = unfilled(key_map, ours), by_key(key_map)
     surplus = (key for key in foreign if key not in tensors and not key_map.ignores(key))
@@ -183,7 +185,7 @@ def misfits(key_map: KeyMap, foreign: Mapping[str, np.ndarray], ours: Mapping[st
             problems.append(f"- {key}: not in the file, wanted by {_where(entries[0])}")
             continue
         array, expected = foreign[key], foreign_shape(entries, ours)
-        if array.shape != expected:
+        if array.shape != expected and not grows(entries[0].path, array.shape, expected):
             problems.append(f"! {key}: {array.shape} in the file, {expected} wanted by {_where(entries[0])}")
         elif not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
             problems.append(f"! {key}: {array.dtype} in the file, but {_where(entries[0])} is floating point")

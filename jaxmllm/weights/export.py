@@ -18,18 +18,17 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-from tokenizers import AddedToken
 
 from jaxmllm.config import Run
 from jaxmllm.data.templates import IMAGE
-from jaxmllm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxmllm.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
 from jaxmllm.documents import to_document
 from jaxmllm.errors import ConfigError
 from jaxmllm.mesh import Mesh
 from jaxmllm.nn.lora import is_adapter
 from jaxmllm.recipes import read_run
 from jaxmllm.train.setup import abstract_params
-from jaxmllm.weights import hf_write, layouts, released
+from jaxmllm.weights import hf_write, layouts, released_model
 from jaxmllm.weights.convert import Piece, Shape, pieces
 from jaxmllm.weights.exported import KEY_MAP, key_map_document
 from jaxmllm.weights.hf_pictures import FILE as PICTURES
@@ -37,6 +36,7 @@ from jaxmllm.weights.hf_pictures import PROCESSOR
 from jaxmllm.weights.layouts import OWN, Layout
 from jaxmllm.weights.load import Abstract
 from jaxmllm.weights.safetensors import SHARD_BYTES, create_folder
+from jaxmllm.weights.tables import unpadded, unpadded_shapes
 from jaxmllm.weights.workdir import open_workdir
 
 GROUP = 2**30  # bytes of parameters that are read from a checkpoint at a time
@@ -91,19 +91,19 @@ def export(
     run = read_run(str(source.workdir), config)
     stored = {path: x.update(dtype=source.stored[path].dtype) for path, x in abstract_of(run, part).items()}
     abstract = {path: x for path, x in stored.items() if not is_adapter(path)}
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = load_tokenizer(run.data.tokenizer, run.data.added_tokens)
     if authors:
         abstract = {path: x for path, x in abstract.items() if not path.startswith("encoders_")}
-        layout = released.layout(run.model, max(run.data_of(stage).seq_len for stage in run.stages))
+        layout = released_model.layout(run.model, max(run.data_of(stage).seq_len for stage in run.stages))
     else:
         layout = chosen_layout(run, part, {path: x.shape for path, x in abstract.items()}, image_token(tokenizer))
     kinds = {np.dtype(x.dtype) for x in stored.values()}
     kind = np.dtype(DTYPES[dtype] if dtype else np.float32 if len(kinds) > 1 else kinds.pop())
 
     with complete_folder(folder) as made:
-        shapes = write_tensors(made, layout, abstract, kind, shard_bytes, source.merged)
+        shapes = write_tensors(made, layout, abstract, run.model.llm.vocab, kind, shard_bytes, source.merged)
         write_configs(made, run, layout, kind)
-        notes = write_tokenizer(made, tokenizer, layout)
+        notes = write_tokenizer(made, tokenizer, layout, bool(run.data.added_tokens))
     count = sum(math.prod(shape) for shape in shapes.values())
     return Exported(folder, source.name, layout.name, layout.why, len(shapes), count, str(kind), notes)
 
@@ -149,10 +149,11 @@ def complete_folder(folder: str) -> Iterator[Path]:
 
 
 def write_tensors(
-    folder: Path, layout: Layout, abstract: Abstract, dtype: np.dtype, shard_bytes: int, read: Callable
+    folder: Path, layout: Layout, abstract: Abstract, vocab: int, dtype: np.dtype, shard_bytes: int, read: Callable
 ) -> dict[str, Shape]:
-    """Writes the tensors of a layout -> their shapes. read(abstract) gives some of the parameters, path -> array."""
-    ours = {path: x.shape for path, x in abstract.items()}
+    """Writes the tensors of a layout -> their shapes. read(abstract) gives some of the parameters, path -> array.
+    vocab: rows of the tables of tokens; those after them are padding, which is left out."""
+    ours = unpadded_shapes({path: x.shape for path, x in abstract.items()}, vocab)
     shapes = layout.shapes(ours)
     places = create_folder(folder, {key: (shape, dtype) for key, shape in shapes.items()}, shard_bytes)
     for key, (_, value) in layout.constants.items():
@@ -162,7 +163,7 @@ def write_tensors(
         by_path.setdefault(piece.entry.path, []).append(piece)
     for few in groups(abstract):
         for path, array in read(few).items():
-            array = np.asarray(array)
+            array = unpadded(path, np.asarray(array), vocab)
             for piece in by_path[path]:
                 put(places[piece.entry.key], piece, array)
     return shapes
@@ -213,19 +214,18 @@ def image_token(tokenizer: Tokenizer) -> int:
     return tokenizer.size if found is None else found
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, layout: Layout) -> tuple[str, ...]:
-    """Copies the tokenizer's files, and adds <image> to them for a LLaVA -> what is to be said of it."""
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, layout: Layout, more: bool) -> tuple[str, ...]:
+    """Copies the tokenizer's files, and adds <image> to them for a LLaVA -> what is to be said of it. more: whether the
+    tokenizer has tokens that its files lack."""
     for name in TOKENIZER_FILES:
         if (Path(tokenizer.path) / name).is_file() and not (folder / name).exists():
             shutil.copy(Path(tokenizer.path) / name, folder / name)
+    if more:
+        tokenizer.backend.save(str(folder / "tokenizer.json"))
     if layout.name != hf_write.LLAVA or tokenizer.backend.token_to_id(IMAGE) is not None:
         return ()
     token = image_token(tokenizer)
-    tokenizer.backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    if tokenizer.backend.token_to_id(IMAGE) != token:
-        raise ValueError(
-            f"the ids of {tokenizer.path} have gaps: {IMAGE} would not get {token}; add it to the tokenizer"
-        )
+    add_tokens(tokenizer, (IMAGE,))
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     note = f"added {IMAGE} as token {token}, which stands for the tokens of pictures"
     return (note + (f"; the tables have {layout.rows} rows, for it" if layout.rows else ""),)

@@ -45,6 +45,7 @@ def text_config(decoder: Any, length: int) -> dict[str, Any] | None:
         "max_position_embeddings": length,
         "sliding_window": decoder.window,
         "use_sliding_window": bool(decoder.window),
+        "pad_token_id": None,  # else that of the family's first model, which smaller tables do not have
     }
     if name in ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"):
         windowed = [bool(decoder.window and each) for each in decoder.layer_kinds("windowed")]

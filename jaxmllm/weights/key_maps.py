@@ -215,7 +215,8 @@ def visper(model: MLLM) -> KeyMap:
     teachers = {name: each for name, each in model.objectives.items() if isinstance(each, EmbedDistill)}
     for task, teacher in teachers.items():
         keys += copy(f"model.special_{task}_tokens", f"objectives_{task}/table/value")
-        keys += copy(f"{task}_logit_scale", f"objectives_{task}/logit_scale/value")
+        if teacher.layers:
+            keys += copy(f"{task}_logit_scale", f"objectives_{task}/logit_scale/value")
         head = visper_head(teacher.predictor())
         for i in range(len(teacher.layers)):
             keys += head.under(f"image_{task}_heads.{i}.", f"objectives_{task}/predictors_{i}/")

@@ -21,8 +21,8 @@ from jaxmllm.fusers.single import Single
 from jaxmllm.mllm import MLLM
 from jaxmllm.weights import encoder_key_maps, families, hf_write, hf_write_decoders, key_maps
 from jaxmllm.weights.convert import KeyMap, Shape, by_key, copy, foreign_shape, join, unfilled
+from jaxmllm.weights.tables import TABLES
 
-TABLES = ("llm/embedding/embedding", "llm/lm_head/embedding")
 OWN = "jaxmllm"  # model_type of a folder of ours
 
 

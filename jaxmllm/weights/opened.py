@@ -13,6 +13,7 @@ from jaxmllm import mesh as meshes
 from jaxmllm import sharded
 from jaxmllm.aggregators.mlp import MLPProjector
 from jaxmllm.batch import empty_batch
+from jaxmllm.config import part_of
 from jaxmllm.encoders import presets as encoders
 from jaxmllm.fusers.concat import Concat
 from jaxmllm.fusers.single import Single
@@ -22,21 +23,24 @@ from jaxmllm.objectives.next_token import NextToken
 from jaxmllm.recipes import read_run
 from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.state import Params, flatten
-from jaxmllm.weights.exported import ExportedSource
+from jaxmllm.weights.exported import KEY_MAP, ExportedSource
 from jaxmllm.weights.hf_config import read_config, read_json
 from jaxmllm.weights.load import Abstract
 from jaxmllm.weights.parts import load_parts
+from jaxmllm.weights.released import TOWERS, is_released
 from jaxmllm.weights.sources import open_source
 from jaxmllm.weights.workdir import WorkdirSource, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """name: what holds the model. load: reads its parameters, in the dtypes and shardings of the abstract ones."""
+    """name: what holds the model. load: reads its parameters, in the dtypes and shardings of the abstract ones.
+    borrowed: parts that it does not hold, which are those of another model."""
 
     name: str
     model: MLLM
     load: Callable[[Abstract], Params]
+    borrowed: tuple[str, ...] = ()
 
 
 def open_model(text: str, config: str | None = None) -> Opened:
@@ -51,6 +55,29 @@ def open_model(text: str, config: str | None = None) -> Opened:
         return Opened(source.name, run.model, source.merged)
     model = source.run().model if isinstance(source, ExportedSource) else folder_model(source.path)
     return Opened(text, model, lambda abstract: load_parts(model, {"rest": text}, abstract)[0])
+
+
+def is_released_folder(text: str) -> bool:
+    """Whether a path is a checkpoint in its authors' layout (released.py)."""
+    path = Path(text)
+    return path.is_dir() and not (path / KEY_MAP).is_file() and is_released(path)
+
+
+def open_released(text: str, other: Opened) -> Opened:
+    """A checkpoint in its authors' layout as the model of `other`, whose encoders it gets if it holds none.
+
+    Raises ValueError, in one line.
+    """
+    model, source = other.model, open_source(text, other.model)
+    inside = any(key.startswith(TOWERS) for key in source.folder)
+    borrowed = () if inside else tuple(f"encoders.{name}" for name in model.encoders)
+
+    def load(abstract: Abstract) -> Params:
+        theirs = {path: x for path, x in abstract.items() if part_of(path) in borrowed}
+        own = {path: x for path, x in abstract.items() if path not in theirs}
+        return load_parts(model, {"rest": text}, own)[0] | other.load(theirs)
+
+    return Opened(text, model, load, borrowed)
 
 
 def is_workdir(text: str) -> bool:

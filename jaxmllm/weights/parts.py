@@ -16,6 +16,8 @@ from jaxmllm.config import part_of
 from jaxmllm.errors import suggest
 from jaxmllm.weights.load import Abstract
 from jaxmllm.weights.sources import Part, open_source
+from jaxmllm.weights.tables import TABLES, grows
+from jaxmllm.weights.workdir import WorkdirPart
 
 RANDOM, REST = "random", "rest"
 Rates = Mapping[str, float | None]  # path -> factor of the learning rate, None: frozen
@@ -26,7 +28,8 @@ class PartReport:
     """What a part starts from. All fields are plain JSON data (dataclasses.asdict).
 
     tensors: tensors that were read, or for "random" arrays of ours. trainable: how many of the parameters are trained,
-    None if unknown. rates: the factors of their learning rates. fingerprint: of the source, "" for "random".
+    None if unknown. rates: the factors of their learning rates. fingerprint: of the source, "" for "random". grown: how
+    many rows were added to tables of tokens, "" for none.
     """
 
     part: str
@@ -38,6 +41,7 @@ class PartReport:
     dtypes: tuple[str, ...]
     fingerprint: str
     left_out: str
+    grown: str = ""
 
     def __str__(self) -> str:
         """One line."""
@@ -51,6 +55,7 @@ class PartReport:
         facts.append("/".join(self.dtypes))
         facts += [f"fingerprint {self.fingerprint}"] if self.fingerprint else []
         facts += [f"left out: {self.left_out}"] if self.left_out else []
+        facts += [self.grown] if self.grown else []
         return f"{self.part}: {self.source}, {', '.join(facts)}"
 
 
@@ -142,7 +147,18 @@ def report(name: str, part: Part | None, params: Abstract, rates: Rates | None) 
         dtypes=tuple(sorted({str(x.dtype) for x in params.values()})),
         fingerprint=part.source.fingerprint if part else "",
         left_out=part.left_out if part else "",
+        grown=grown(part) if part else "",
     )
+
+
+def grown(part: Part) -> str:
+    """How many rows the tables of tokens have in the folder and here, if these are more (tables.Grown)."""
+    if isinstance(part, WorkdirPart):
+        return ""
+    folder, here = part.source.folder, {path: x.shape for path, x in part.abstract.items() if path in TABLES}
+    there = {e.path: folder[e.key].shape for e in part.key_map.entries if e.path in here}
+    rows = {(there[path][0], here[path][0]) for path in there if grows(path, there[path], here[path])}
+    return "; ".join(f"tables of {a:,} tokens grown to {b:,} rows, the new ones their mean" for a, b in sorted(rows))
 
 
 def agree(facts: list[str], problems: list[str]) -> None:

@@ -28,8 +28,7 @@ from jaxmllm.weights import hf_decoders, key_maps
 from jaxmllm.weights.convert import KeyMap, copy, misfits, unfilled
 from jaxmllm.weights.exported import ExportedPart
 from jaxmllm.weights.hf_config import differences, read_json
-from jaxmllm.weights.hf_write_decoders import text_config
-from jaxmllm.weights.layouts import Layout, encoder_makers
+from jaxmllm.weights.layouts import encoder_makers
 from jaxmllm.weights.load import Abstract, unequal
 from jaxmllm.weights.safetensors import Folder, open_folder
 
@@ -66,21 +65,6 @@ def key_map(model: MLLM) -> KeyMap:
     distilled = any(isinstance(each, EmbedDistill) for each in model.objectives.values())
     keys = key_maps.visper(model) if distilled else key_maps.llava(model)
     return keys + copy("model.image_newline", "aggregator/newline/value") if aggregator.newline else keys
-
-
-def layout(model: MLLM, length: int) -> Layout:
-    """The layout in which a model goes back, without its encoders. Raises ValueError if there is none."""
-    keys, config = key_map(model), text_config(model.llm.clone(inserts=None), length)
-    if config is None:
-        raise ValueError("no released checkpoint has a decoder like this one")
-    base, kind = config["model_type"], "cambrian" if isinstance(model.aggregator, SVA) else "llava"
-    names = {SVA: "sva", MLPProjector: f"mlp{getattr(model.aggregator, 'depth', 2)}x_gelu"}
-    config |= {
-        "architectures": [f"{kind.capitalize()}{config['architectures'][0]}"],
-        "model_type": f"{kind}_{base}",
-        "mm_projector_type": names.get(type(model.aggregator), "mlp2x_gelu"),
-    }
-    return Layout(f"authors' layout of {config['architectures'][0]}, without encoders", keys, config)
 
 
 @dataclasses.dataclass(frozen=True)

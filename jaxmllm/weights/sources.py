@@ -129,7 +129,8 @@ def _folder(name: str, path: Path, model: Any) -> FolderSource | ExportedSource 
     if not is_released(path):
         return FolderSource(name, path)
     if model is None:
-        raise ValueError(f"{name} is a checkpoint in its authors' layout; train or export a recipe that starts from it")
+        mend = "train or export a recipe that starts from it, or verify it against such a run"
+        raise ValueError(f"{name} is a checkpoint in its authors' layout, which names no encoders of ours; {mend}")
     return ReleasedSource(name, path, model)
 
 
