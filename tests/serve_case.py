@@ -36,7 +36,7 @@ class Counting:
     """
 
     def __init__(self, root: Path, endless: bool = False):
-        self.endless = endless  # replies go on until they are given up
+        self.endless = endless  # replies of batches that begin go on until they are given up
         self.spec = dataclasses.replace(sample_spec(root), targets=None)
         self.generator = SimpleNamespace(most=MOST)
         self.batches, self.gate, self.given_up = [], threading.Event(), set()
@@ -53,14 +53,15 @@ class Counting:
         assert len(samples) == len(samplings) <= rows and all(len(s.tokens) <= length for s in samples)
         self.batches.append((samples, samplings, rows, every))
         self.given_up = given_up
+        endless = self.endless
         if self.broken:
             raise RuntimeError(self.broken)
         for count in itertools.count(1):
             self.gate.wait()
-            if self.endless:
+            if endless:
                 time.sleep(0.02)
             found = [
-                Reply("tokens" + " and" * count, count, "") if self.endless else so_far(*each, count)
+                Reply("tokens" + " and" * count, count, "") if endless else so_far(*each, count)
                 for each in zip(samples, samplings)
             ]
             yield found

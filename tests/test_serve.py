@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import http.client
@@ -18,7 +19,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from jaxmllm.cli.main import main
-from jaxmllm.serve import requests, server
+from jaxmllm.serve import batches, requests, server
+from jaxmllm.serve.exchange import Bounded
 from jaxmllm.serve.limits import Limits, Refused
 from tests.conftest import ROOT
 from tests.serve_case import MOST, Counting, data_url, image, png, served, text, user
@@ -51,7 +53,7 @@ def anew(model):
 
 @pytest.fixture(scope="module")
 def endpoint(model, folder):
-    limits = Limits(requests=16, body=200_000, picture=100_000, pictures=3, rows=4, body_seconds=0.5)
+    limits = Limits(requests=16, body=200_000, picture=100_000, pictures=3, rows=4, seconds=0.5)
     with served(model, files=str(folder), limits=limits) as endpoint:
         yield endpoint
 
@@ -375,6 +377,34 @@ def test_what_arrives_together_is_one_batch(client, endpoint, model):
     assert [(len(batch[0]), batch[2]) for batch in model.batches] == [(1, 1), (4, 4), (4, 4), (1, 1)]
 
 
+def test_a_long_reply_keeps_nobody_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "PATIENCE", 0.1)
+    model = Counting(tmp_path, endless=True)
+    with served(model, limits=Limits(rows=1)) as endpoint, TestClient(endpoint.app()) as client:
+        long = in_threads(client, [{"messages": [user("why")]}])
+        until(lambda: model.batches)
+        model.endless = False
+        assert content(ask(client, user("why"))) and content(ask(client, user("why"))) and not long[0].done()
+        assert len(model.batches) == 3
+        model.broken = "a fault"
+        assert ask(client, user("why")).status_code == 500 and not long[0].done()
+        endpoint.batcher.stop(0)
+        assert long[0].result().status_code == 503
+
+
+def test_a_client_that_takes_nothing():
+    async def response(scope, receive, send):
+        await send({})
+
+    async def stuck(message):
+        await asyncio.sleep(60)
+
+    bounded = Bounded(response, most=1, seconds=0.05)
+    with pytest.raises(TimeoutError):
+        asyncio.run(bounded({}, None, stuck))
+    assert bounded.inside == 0
+
+
 def test_too_many_requests(client, endpoint, model):
     model.gate.clear()
     inside = in_threads(client, [{"messages": [user("why")]}] * 16)
@@ -431,7 +461,7 @@ def listening(tmp_path_factory):
     """A server in a thread, whose replies never end: its model and its port."""
     model = Counting(tmp_path_factory.mktemp("endless"), endless=True)
     ready = threading.Event()
-    with served(model, limits=Limits(body_seconds=0.5)) as endpoint:
+    with served(model, limits=Limits(seconds=0.5)) as endpoint:
         bound = server.bound_socket("127.0.0.1", 0)
         running = server.Server(endpoint.app(), endpoint.batcher, ready.set, print)
         thread = threading.Thread(target=running.run, args=([bound],))

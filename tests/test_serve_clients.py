@@ -25,7 +25,7 @@ LMMS_PYTHON = Path(os.environ.get("JAXMLLM_CLIENTS", ROOT / ".venv-clients/bin/p
 def url(scenes, tmp_path_factory):
     """The address of a server, in a process of its own, for a run of a few steps."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    args = settings(scenes, **{"stages.align.steps": 6, "stages.instruct.steps": 2})
+    args = settings(scenes, **{"stages.align.steps": 60, "stages.instruct.steps": 30})
     jaxmllm("train", *args, "--workdir", workdir)
     command = [sys.executable, "-m", "jaxmllm", "serve", str(workdir), "--port", "0", "--max-new-tokens", "64"]
     environment = {**simulated(1), "JAXMLLM_API_KEY": KEY}
@@ -113,7 +113,8 @@ def test_together_as_alone(client, scenes, rows):
         assert list(pool.map(ask, questions)) == single
 
 
-def test_lmms_eval(url, scenes, rows, tmp_path):
+def test_lmms_eval(url, client, scenes, rows, tmp_path):
+    """Its replies are those that single requests get."""
     if not LMMS_PYTHON.exists() or subprocess.run([LMMS_PYTHON, "-c", "import lmms_eval"]).returncode:
         pytest.skip("lmms-eval is not installed in .venv-clients; `make test-clients` does that")
     task = shutil.copytree(ROOT / "tests/lmms_task", tmp_path / "task")
@@ -133,4 +134,7 @@ def test_lmms_eval(url, scenes, rows, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (results,), (samples,) = (tmp_path / "out").rglob("*results.json"), (tmp_path / "out").rglob("*samples*.jsonl")
     assert json.loads(results.read_text())["results"]["local_scenes"]["answered,none"] == 1.0
-    assert len(samples.read_text().splitlines()) == 10
+    replies = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+    asked = [user(*map(image, row["pictures"]), text(row["question"])) for row in chosen]
+    assert replies == [greedy(client, each, max_tokens=16).choices[0].message.content for each in asked]
+    assert len(replies) == 10 and any(replies)

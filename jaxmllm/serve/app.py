@@ -71,7 +71,7 @@ class Endpoint:
                 "/v1/chat/completions",
                 self.complete,
                 methods=["POST"],
-                middleware=[Middleware(Bounded, most=self.limits.requests)],
+                middleware=[Middleware(Bounded, most=self.limits.requests, seconds=self.limits.seconds)],
             ),
         ]
         handlers = {Refused: refused, HTTPException: not_found, Exception: self.failed}
@@ -115,9 +115,9 @@ class Endpoint:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # Also since a browser sends this type to another site only if that allows it.
             raise Refused(400, "the header Content-Type must be application/json")
-        content = await read_body(request, self.limits)
-        prepare = functools.partial(self.prepare, content)
+        prepare = functools.partial(self.prepare, await read_body(request, self.limits))
         asked, sample, samplings = await anyio.to_thread.run_sync(prepare, limiter=self.threads)
+        del prepare  # the body, which may be large
         answers, completion = (
             Answers(self.batcher, sample, samplings, asked.stream),
             Completion(self.name, len(sample.tokens)),

@@ -11,7 +11,8 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from jaxmllm.data.samples import Sample
 from jaxmllm.errors import shown
@@ -19,6 +20,8 @@ from jaxmllm.eval.answer import STOP_EVERY, Answerer, Reply
 from jaxmllm.eval.sampling import Sampling
 
 WINDOW = 0.02  # seconds that the first request waits for others
+PATIENCE = 2.0  # seconds after which a batch lets another one begin beside it
+BESIDE = 3  # batches at a time, each of which has a cache
 LEAST = 64  # tokens; shorter prompts and replies need no programs of their own
 
 
@@ -45,8 +48,20 @@ class Job:
             self.tell(last)
 
 
+class Running(NamedTuple):
+    """A batch in the making."""
+
+    jobs: list[Job]
+    steps: Iterator[None]
+    began: float  # time.monotonic()
+
+
 class Batcher:
-    """Answers jobs, up to `rows` at a time. say: prints a line."""
+    """Answers jobs, up to `rows` in a batch. say: prints a line.
+
+    Small batches waste time, so the next one begins when the last has ended, and all that came meanwhile is in it. Only
+    if that takes long, another one begins beside it, and they take turns: a long reply does not keep others waiting.
+    """
 
     def __init__(self, answerer: Answerer, rows: int, say: Callable[[str], None]):
         self.answerer, self.rows, self.say = answerer, rows, say
@@ -83,28 +98,38 @@ class Batcher:
             job.end(Stopping())
 
     def _run(self) -> None:
-        while jobs := self._next():
-            try:
-                self._answer(jobs)
-            except Exception as error:  # whatever the batch met, the next one is answered
-                self.say(f"a batch of {len(jobs)} failed: {type(error).__name__}: {shown(error, 500)}")
-                for job in jobs:
-                    job.end(error)
+        running: list[Running] = []
+        while running or self.deadline is None:
+            now = time.monotonic()
+            may_begin = len(running) < BESIDE and all(now - each.began > PATIENCE for each in running)
+            if may_begin and (jobs := self._next(wait=not running)):
+                running.append(Running(jobs, self._answer(jobs), time.monotonic()))
+            running = [each for each in running if self._goes_on(each)]
 
-    def _next(self) -> list[Job]:
-        """The next batch; empty when the server stops."""
+    def _goes_on(self, batch: Running) -> bool:
+        """Makes the next tokens of a batch; returns whether there will be more."""
+        try:
+            return next(batch.steps, "ended") != "ended"
+        except Exception as error:  # whatever a batch met, the others are answered
+            self.say(f"a batch of {len(batch.jobs)} failed: {type(error).__name__}: {shown(error, 500)}")
+            for job in batch.jobs:
+                job.end(error)
+            return False
+
+    def _next(self, wait: bool) -> list[Job]:
+        """The next batch, empty if there is none: without `wait`, or when the server stops."""
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._jobs or self.deadline)
-                self._changed.wait_for(lambda: len(self._jobs) >= self.rows or self.deadline, WINDOW)
-                if self.deadline:
-                    return []
+            found: list[Job] = []
+            while not found and not self.deadline and (wait or self._jobs):
+                if wait:
+                    self._changed.wait_for(lambda: self._jobs or self.deadline)
+                    self._changed.wait_for(lambda: len(self._jobs) >= self.rows or self.deadline, WINDOW)
                 found = [self._jobs.popleft() for _ in range(min(self.rows, len(self._jobs)))]
-                if found := [job for job in found if not job.given_up]:
-                    return found
+                found = [job for job in found if not job.given_up]
+            return found
 
-    def _answer(self, jobs: list[Job]) -> None:
-        """Tells each job its reply as it is made."""
+    def _answer(self, jobs: list[Job]) -> Iterator[None]:
+        """Tells each job its reply as it is made; yields each time that this has gone on."""
         samples, samplings = [job.sample for job in jobs], [job.sampling for job in jobs]
         rows = power(2, len(jobs))
         length = min(power(2, max(LEAST, *(len(sample.tokens) for sample in samples))), self.answerer.spec.seq_len)
@@ -121,6 +146,7 @@ class Batcher:
                 elif job.streams and not job.given_up:
                     job.tell(reply)
             given_up |= {row for row, job in enumerate(jobs) if job.over or job.given_up}
+            yield
 
     def _up_to(self, most: int) -> Answerer:
         """The answerer for replies of up to `most` tokens."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxmllm.data.samples import Sample
 from jaxmllm.eval.answer import Reply
@@ -64,19 +64,25 @@ class Answers:
 
 
 class Bounded:
-    """Lets only so many requests in at a time, so that what waits takes bounded memory."""
+    """Lets only so many requests in at a time, so that what waits takes bounded memory. One whose client takes nothing
+    of the response for `seconds` is given up."""
 
-    def __init__(self, app: ASGIApp, most: int):
-        self.app, self.most, self.inside = app, most, 0
+    def __init__(self, app: ASGIApp, most: int, seconds: float):
+        self.app, self.most, self.seconds, self.inside = app, most, seconds, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.inside >= self.most:
             raise Refused(
                 429, f"{self.most} requests are waiting or being answered; try again", None, "rate_limit_exceeded"
             )
+
+        async def send_soon(message: Message) -> None:
+            async with asyncio.timeout(self.seconds):
+                await send(message)
+
         self.inside += 1
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, send_soon)
         finally:
             self.inside -= 1
 
@@ -85,7 +91,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """The body of a request. Raises Refused for one that is too large or too slow."""
     content, size = bytearray(), 0
     try:
-        async with asyncio.timeout(limits.body_seconds):
+        async with asyncio.timeout(limits.seconds):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= limits.body:
@@ -93,7 +99,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 elif size > DRAINED * limits.body:
                     break
     except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
+        raise Refused(408, f"the body did not arrive within {limits.seconds:g} seconds") from None
     except ClientDisconnect:
         raise Refused(400, "the client left") from None
     if size > limits.body:

@@ -12,4 +12,4 @@ def text(row, lmms_eval_specific_kwargs=None):
 
 
 def scores(row, results):
-    return {"answered": float(bool(results[0]) and "LMMS_EVAL" not in results[0])}
+    return {"answered": float("LMMS_EVAL_REQUEST_FAILED" not in results[0])}
