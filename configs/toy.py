@@ -95,6 +95,7 @@ def config() -> Run:
             Stage(name="instruct", sources=(questions, captions), steps=500, optim=optim, **common),
         ),
         compute_dtype="float32",
+        save_every=50,
     )
 
 
