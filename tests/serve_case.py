@@ -116,7 +116,7 @@ def served(model: Counting, **options) -> Iterator[Endpoint]:
     limits = options.pop("limits", Limits())
     batcher = Batcher(model, limits.rows, lambda line: None)
     try:
-        yield Endpoint(batcher, "counting", limits, say=lambda line: None, **{"hosts": None, **options})
+        yield Endpoint(batcher, "counting", limits, **{"hosts": None, "say": lambda line: None, **options})
     finally:
         model.gate.set()
         batcher.stop(0)

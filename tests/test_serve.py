@@ -456,6 +456,16 @@ def test_a_batch_that_fails(client, model):
     assert content(ask(client, user("why")))
 
 
+def test_a_fault_of_the_program(model, monkeypatch):
+    lines = []
+    with served(model, say=lines.append) as endpoint:
+        monkeypatch.setattr(endpoint, "prepare", lambda content: 1 / 0)
+        response = ask(TestClient(endpoint.app(), raise_server_exceptions=False), user("why"))
+    assert response.status_code == 500 and error(response)["type"] == "server_error"
+    assert "division" not in response.text and "Traceback" not in response.text
+    assert lines == [f"POST {URL} failed: ZeroDivisionError: division by zero"]
+
+
 @pytest.fixture(scope="module")
 def listening(tmp_path_factory):
     """A server in a thread, whose replies never end: its model and its port."""

@@ -18,9 +18,8 @@ def add(commands) -> None:
     parser.add_argument("workdir")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
-    parser.add_argument(
-        "--api-key", metavar="KEY", help=f"what requests must bring (default: the variable {KEY}, if set)"
-    )
+    text = f"what requests must bring (default: the variable {KEY}, if set)"
+    parser.add_argument("--api-key", metavar="KEY", help=text)
     parser.add_argument("--files", metavar="FOLDER", help="pictures that requests may name by their path")
     text = "of a reply; requests may ask for fewer (default: 1024)"
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help=text)

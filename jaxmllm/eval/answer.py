@@ -157,9 +157,11 @@ class Answerer:
         """
         with jax.set_mesh(self.mesh):
             state = self.start(samples, sampling, batch, self.generator.most, length)
+        replies = [Reply("", 0, "")] * len(samples)
         while True:
             ids, count = jax.device_get((state.out, state.count))
-            replies = [self.so_far(row[:count], each) for row, each in zip(ids.tolist(), sampling)]
+            rows = zip(replies, ids.tolist(), sampling)
+            replies = [reply if reply.ended else self.so_far(row[:count], each) for reply, row, each in rows]
             yield replies
             done = np.array([bool(reply.ended) or row in given_up for row, reply in enumerate(replies)])
             if done.all():

@@ -55,9 +55,8 @@ class Endpoint:
     ):
         self.batcher, self.name, self.limits, self.key, self.files, self.say = batcher, name, limits, key, files, say
         self.hosts, self.created = hosts, int(time.time())
-        self.threads = anyio.CapacityLimiter(
-            os.cpu_count() or 1
-        )  # a large picture takes a gigabyte while it is decoded
+        # Few threads decode pictures, since a large one takes a gigabyte.
+        self.threads = anyio.CapacityLimiter(os.cpu_count() or 1)
         self.page = (Path(__file__).parent / "page.html").read_text()
 
     def app(self) -> Starlette:
@@ -118,10 +117,8 @@ class Endpoint:
         prepare = functools.partial(self.prepare, await read_body(request, self.limits))
         asked, sample, samplings = await anyio.to_thread.run_sync(prepare, limiter=self.threads)
         del prepare  # the body, which may be large
-        answers, completion = (
-            Answers(self.batcher, sample, samplings, asked.stream),
-            Completion(self.name, len(sample.tokens)),
-        )
+        completion = Completion(self.name, len(sample.tokens))
+        answers = Answers(self.batcher, sample, samplings, asked.stream)
         if asked.stream:
             events = self.events(answers, completion, asked.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -171,9 +168,8 @@ class Endpoint:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode("latin-1"), (self.key or "").encode())
         if self.key and not (same and kind.lower() == "bearer"):
-            raise Refused(
-                401, "the key is missing or wrong; send it as Authorization: Bearer KEY", None, "invalid_api_key"
-            )
+            text = "the key is missing or wrong; send it as Authorization: Bearer KEY"
+            raise Refused(401, text, None, "invalid_api_key")
 
     def check_model(self, name: str | None) -> None:
         """Raises Refused for a model that is not here."""
@@ -202,10 +198,9 @@ def refused(request: Request, error: Refused) -> Response:
 
 def not_found(request: Request, error: HTTPException) -> Response:
     """The response for a path or method that there is not."""
-    path, method = request.url.path, request.method
-    text = (
-        f"{method} is not for {path}" if error.status_code == 405 else f"there is nothing at {path}; /v1/ has the API"
-    )
+    path, text = request.url.path, f"there is nothing at {request.url.path}; /v1/ has the API"
+    if error.status_code == 405:
+        text = f"{request.method} is not for {path}"
     response = refused(request, Refused(error.status_code, text))
     response.headers.update(error.headers or {})
     return response

@@ -72,9 +72,8 @@ class Bounded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.inside >= self.most:
-            raise Refused(
-                429, f"{self.most} requests are waiting or being answered; try again", None, "rate_limit_exceeded"
-            )
+            text = f"{self.most} requests are waiting or being answered; try again"
+            raise Refused(429, text, None, "rate_limit_exceeded")
 
         async def send_soon(message: Message) -> None:
             async with asyncio.timeout(self.seconds):

@@ -13,6 +13,7 @@ from jaxmllm.errors import shown
 from jaxmllm.serve.limits import Limits, Refused
 
 DATA_URL = re.compile(r"data:(image/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*);base64,", re.IGNORECASE)
+MEND = "send a data: URL with the base64 of the file"
 
 
 def picture(url: str, place: str, limits: Limits, folder: str | None = None) -> Blob:
@@ -23,13 +24,11 @@ def picture(url: str, place: str, limits: Limits, folder: str | None = None) -> 
     """
     scheme = urlsplit(url[:40]).scheme.lower() if re.match(r"[a-z][a-z0-9+.-]*:", url[:40], re.IGNORECASE) else ""
     if scheme in ("http", "https"):
-        raise Refused(
-            400, "pictures are not fetched from http(s) URLs; send a data: URL with the base64 of the file", place
-        )
+        raise Refused(400, f"pictures are not fetched from http(s) URLs; {MEND}", place)
     if scheme == "data":
         return from_data_url(url, place, limits)
     if scheme not in ("", "file"):
-        raise Refused(400, f"{scheme}: URLs are not read; send a data: URL with the base64 of the file", place)
+        raise Refused(400, f"{scheme}: URLs are not read; {MEND}", place)
     if folder is None:
         raise Refused(400, "this server reads no files: send a data: URL, or start it with --files FOLDER", place)
     return from_file(url, place, limits, folder)
@@ -60,9 +59,8 @@ def from_file(url: str, place: str, limits: Limits, folder: str) -> Blob:
     try:
         path = path_in(folder, name)
     except ValueError:
-        raise Refused(
-            400, f"{spelled}: it is not in the folder whose files this server reads (--files)", place
-        ) from None
+        text = "it is not in the folder whose files this server reads (--files)"
+        raise Refused(400, f"{spelled}: {text}", place) from None
     try:
         if os.path.getsize(path) > limits.picture:
             raise Refused(413, f"{spelled}: a picture may have {limits.picture} bytes", place)
