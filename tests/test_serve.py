@@ -161,6 +161,13 @@ def test_the_model_sees_the_pictures(client):
     assert content(ask(client, *turns)).split()[3] == "1"
 
 
+def test_the_model_reads_system_texts(client):
+    brief, kind = {"role": "system", "content": "why 1"}, {"role": "developer", "content": "2 3 4"}
+    assert content(ask(client, user("why"))).startswith("3 tokens")
+    assert content(ask(client, brief, user("why"))).startswith("5 tokens")
+    assert content(ask(client, brief, kind, user("why"))).startswith("8 tokens")
+
+
 def test_files_of_one_folder(client, folder):
     for url in ("sub/a b.png", f"{folder}/sub/a b.png", f"file://{folder}/sub/a%20b.png", f"FILE:{folder}/sub/a b.png"):
         assert content(ask(client, user(image(url)))).split()[3] == "1"
@@ -297,6 +304,8 @@ def test_limits(client):
     assert response.status_code == 413 and "a picture may have 100000 bytes" in error(response)["message"]
     response = ask(client, user(image("large.png")))
     assert response.status_code == 413 and "large.png: a picture may have 100000" in error(response)["message"]
+    with pytest.raises(Refused, match="the texts have 1048577 characters; the limit is 1048576"):
+        question(user("w" * (1 << 20)), {"role": "assistant", "content": "w"}, user(""))
     with pytest.raises(Refused, match="more than 262144 commas and brackets"):
         requests.parse(b'{"a": [' + b"0," * 2**18 + b"0]}", Limits())
     with pytest.raises(ValueError, match="limit of rows must be above 0, not 0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,21 @@ def test_openai_gets_its_errors(client, url):
     with pytest.raises(openai.BadRequestError, match="not fetched") as refused:
         greedy(client, user(image("https://example.org/a.jpg")))
     assert refused.value.param == "messages.0.content.0.image_url.url"
+
+
+def test_the_example_of_the_docs(url, scenes, rows, tmp_path, monkeypatch, capsys):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs/serve.md").read_text(), re.DOTALL)[1]
+    for said, here in {
+        "http://127.0.0.1:8000/v1": url,
+        'api_key="none"': f'api_key="{KEY}"',
+        '"toy"': '"tiny"',
+    }.items():
+        assert said in example
+        example = example.replace(said, here)
+    shutil.copy(scenes / rows[0]["image"], tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out
 
 
 def test_together_as_alone(client, scenes, rows):

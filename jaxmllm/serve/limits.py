@@ -17,6 +17,7 @@ class Limits:
     body: int = 32 << 20  # bytes
     picture: int = 16 << 20  # bytes of a file
     pictures: int = 16  # of a request
+    characters: int = 1 << 20  # of the texts of a request; to cut them into tokens takes seconds
     seconds: float = 60.0  # in which a body must have arrived, and in which a client must take a piece of the response
     marks: int = 1 << 18  # commas and opening brackets of a body, each of which may become an object of many bytes
 

@@ -217,6 +217,8 @@ def question(messages: list[Message], limits: Limits, read: Callable[[str, str],
     if len(pictures) > limits.pictures:
         raise Refused(413, f"there are {len(pictures)} pictures; the limit is {limits.pictures}", "messages")
     texts = [text_of(message, f"messages.{i}") for i, message in enumerate(messages)]
+    if (total := sum(map(len, texts))) > limits.characters:
+        raise Refused(413, f"the texts have {total} characters; the limit is {limits.characters}", "messages")
     turns = messages[first:]
     for i, message in enumerate(turns):
         if message.role in ("system", "developer"):
