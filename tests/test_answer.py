@@ -53,9 +53,9 @@ def test_it_works_under_the_transfer_guard(answerer, questions):
 def test_other_parameters_need_no_other_program(answerer, questions):
     other = answerer.holding({path: -x for path, x in answerer.params.items()})
     before = list(answerer.ask(questions, batch=3))
-    compiled = answerer.generator.decode._cache_size()
+    compiled = answerer.generator.compiled_decode._cache_size()
     assert list(other.ask(questions, batch=3)) != before
-    assert other.generator.decode._cache_size() == compiled
+    assert other.generator.compiled_decode._cache_size() == compiled
     assert list(answerer.ask(questions, batch=3)) == before
 
 

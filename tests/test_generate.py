@@ -23,6 +23,7 @@ from jaxmllm.eval.sampling import Sampling, Settings, next_token, sample
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms.decoder import Decoder
 from jaxmllm.mllm import MLLM
+from jaxmllm.nn import compiler
 from jaxmllm.objectives.next_token import NextToken
 from jaxmllm.serve import batches
 from jaxmllm.serve.batches import Batcher, Job
@@ -101,6 +102,14 @@ def test_greedy_equals_a_forward_pass_for_every_token(answerer, questions, repli
         if ids[-1] == answerer.stop:
             break
     assert answerer.so_far(ids[start:], Sampling()).text.strip() == replies[1]
+
+
+def test_layers_apart_are_the_layers_of_the_loop(answerer, questions, replies, monkeypatch):
+    """On a CPU the decoder's layers are taken apart for the steps after the prefill; elsewhere they are a loop."""
+    assert answerer.generator._apart[1].keys() == {"layer_0", "layer_1", "layer_2"}
+    monkeypatch.setattr(compiler, "loops_copy_weights", lambda: False)
+    looped = answerer.up_to(12)
+    assert list(looped.ask(questions, batch=4)) == replies and looped.generator._apart == (None, None)
 
 
 def nested(params: dict, prefix: str) -> dict:

@@ -77,7 +77,7 @@ class Conversation:
         same = len(os.path.commonprefix([self._held, wanted[:-1]]))
         rest = wanted[same:]
         length = -(-len(rest) // LENGTH_STEP) * LENGTH_STEP
-        slots = self._state.cache["segments"].shape[-1] if self._state else 0
+        slots = self._state.slots if self._state else 0
         fits = self._padding + same + max(length, len(rest) + most) <= slots
         state, self._held, self._state = self._state, wanted, None
         if not (state and same and fits and min(rest) >= 0):

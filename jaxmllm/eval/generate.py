@@ -7,7 +7,9 @@ visual layers inside the language model, are worked on in the prefill only.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ import numpy as np
 from jaxmllm import sharded
 from jaxmllm.batch import Batch
 from jaxmllm.eval.sampling import Settings, next_token
+from jaxmllm.nn import compiler
+from jaxmllm.nn.stack import split_cache, split_layers
 
 
 @jax.tree_util.register_dataclass
@@ -23,13 +27,18 @@ from jaxmllm.eval.sampling import Settings, next_token
 class State:
     """What was generated so far. out holds the stop token where nothing was generated."""
 
-    cache: dict  # see Decoder.empty_cache
+    cache: dict | tuple[dict, ...]  # see Decoder.empty_cache; a tuple of one for each layer where these are apart
     slot: jax.Array  # int32; where the cache is written next
     position: jax.Array  # int32[B]; of the last token of out, which is not in the cache yet
     out: jax.Array  # int32[B, N]
     count: jax.Array  # int32; tokens in out, of the rows that are not done
     done: jax.Array  # bool[B]
     settings: Settings
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache for each row."""
+        return (self.cache[0] if isinstance(self.cache, tuple) else self.cache)["segments"].shape[-1]
 
 
 class Generator:
@@ -42,8 +51,27 @@ class Generator:
     def __init__(self, model, most: int, stops: tuple[int, ...], vocab: int):
         self.model, self.most, self.stops, self.vocab = model, most, stops, vocab
         self.prefill = jax.jit(self._prefill, static_argnums=3)
-        self.extend = jax.jit(self._extend, donate_argnums=1)
-        self.decode = jax.jit(self._decode, donate_argnums=1)
+        self.compiled_extend = jax.jit(self._extend, donate_argnums=1)
+        self.compiled_decode = jax.jit(self._decode, donate_argnums=1)
+        self._apart: tuple[Any, Any] = None, None
+
+    def extend(self, params, cache, *inputs) -> State:
+        """See _extend."""
+        return self.compiled_extend(self._by_layer(params), cache, *inputs)
+
+    def decode(self, params, state: State, steps: jax.Array | int) -> State:
+        """See _decode."""
+        return self.compiled_decode(self._by_layer(params), state, steps)
+
+    def _by_layer(self, params) -> Any:
+        """The parameters with those of each decoder layer apart, where that is faster. The last copy is kept."""
+        if not compiler.loops_copy_weights():
+            return params
+        stack = params["llm"]["blocks"]
+        given, made = self._apart
+        if given is None or not all(map(operator.is_, jax.tree.leaves(given), jax.tree.leaves(stack))):
+            self._apart = _, made = stack, jax.jit(split_layers)(stack)
+        return {**params, "llm": {**params["llm"], "blocks": made}}
 
     def _prefill(self, params, batch: Batch, settings: Settings, more: int) -> State:
         """Left-padded prompts (`left_pad`), one a row -> the state with the first token of each reply.
@@ -54,6 +82,7 @@ class Generator:
         b, s = batch.tokens.shape
         cache = self.model.llm.empty_cache(b, s + more, self._table(params).dtype)
         states, _, cache, _ = apply(batch, (), jax.tree.map(shard_cache, cache), method="hidden")
+        cache = split_cache(cache) if compiler.loops_copy_weights() else cache
         return self._first(params, states[:, -1], cache, jnp.int32(s), batch.positions[:, -1] + 1, settings)
 
     def _extend(self, params, cache, slot, tokens, first, count, settings: Settings) -> State:

@@ -58,6 +58,15 @@ def recompute_on_accelerators(f: Callable) -> Callable:
     return f if platform() == "cpu" else jax.checkpoint(f)
 
 
+def loops_copy_weights() -> bool:
+    """Whether a loop over layers copies the weights of each before it uses them, as on a CPU.
+
+    In training that is little beside the products; it doubles the time of products with one row
+    (docs/log.md#evaluation).
+    """
+    return platform() == "cpu"
+
+
 def turn_halves(x: jax.Array) -> jax.Array:
     """[..., D] -> float32[..., D]: (a, b) -> (-b, a) of the halves of the last dimension.
 

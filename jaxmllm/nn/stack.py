@@ -118,14 +118,17 @@ class Stack(nn.Module):
         interleave_carry: Any = None,
     ):
         """x [B, S, H]; taps from empty_taps; slots int32[length] from tap_slots; cache: a pytree with leading
-        dimension `length`, or None. own: another one, of which each block gets its own as a last argument; if it is
-        None, there is no such argument. Returns (x, taps, cache, aux), aux with a leading dimension `length` too.
+        dimension `length`, or None, or a tuple of one for each block, with parameters from split_layers. own: another
+        one, of which each block gets its own as a last argument; if it is None, there is no such argument. Returns (x,
+        taps, cache, aux), aux with a leading dimension `length` too.
 
         interleave(x, interleave_carry, i) -> (x, interleave_carry) runs after layer i (0-based) and its tap, and is not
         rematerialised with the layer.
         """
         if not self.length:
             return x, taps, cache, {}
+        if isinstance(cache, tuple):
+            return self.one_by_one(x, taps, cache, broadcast, own)
         scan = nn.scan(
             _Layer,
             variable_axes={"params": 0},
@@ -138,3 +141,24 @@ class Stack(nn.Module):
         each = jnp.arange(self.length), jnp.asarray(slots), cache, own
         (x, taps, _), (cache, aux) = layers((x, taps, interleave_carry), each, broadcast)
         return x, taps, cache, aux
+
+    def one_by_one(self, x, taps, caches, broadcast, own):
+        """As __call__, without a loop over the blocks; nothing is tapped and there is no aux."""
+        found = []
+        for i, cache in enumerate(caches):
+            mine = None if own is None else jax.tree.map(lambda values, i=i: values[i], own)
+            layer = _Layer(self.block, self.remat, None, name=f"layer_{i}")
+            (x, taps, _), (cache, _) = layer((x, taps, None), (i, 0, cache, mine), broadcast)
+            found.append(cache)
+        return x, taps, tuple(found), {}
+
+
+def split_layers(stack: dict) -> dict:
+    """The parameters of a Stack, {"layers": arrays [length, ..]}, as {"layer_0": arrays [..], ..}."""
+    layers = stack["layers"]
+    return {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))}
+
+
+def split_cache(cache: Any) -> tuple:
+    """A cache with a leading dimension as a tuple of one for each block."""
+    return tuple(jax.tree.map(lambda x, i=i: x[i], cache) for i in range(len(jax.tree.leaves(cache)[0])))
