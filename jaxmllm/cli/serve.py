@@ -48,9 +48,16 @@ def run(args: argparse.Namespace) -> None:
     from jaxmllm.serve.limits import Limits
     from jaxmllm.train.cache import use_compile_cache
 
-    limits = Limits(args.queue, args.batch, args.max_body << 20, args.max_picture << 20, args.max_pictures)
-    if args.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be 1 or more, not {args.max_new_tokens}")
+    for name in ("max_new_tokens", "batch", "queue", "max_body", "max_picture", "max_pictures"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+    limits = Limits(
+        requests=args.queue,
+        rows=args.batch,
+        body=args.max_body << 20,
+        picture=args.max_picture << 20,
+        pictures=args.max_pictures,
+    )
     if args.files and not Path(args.files).is_dir():
         raise ConfigError(f"--files {args.files}: there is no such folder{suggest_path(args.files)}")
     key, local = args.api_key or os.environ.get(KEY), server.is_loopback(args.host)

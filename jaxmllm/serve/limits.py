@@ -10,7 +10,7 @@ from jaxmllm.errors import shown
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds of an endpoint. Raises ValueError for one that is not above 0."""
+    """Bounds of an endpoint."""
 
     requests: int = 64  # that are read, wait or are answered at the same time
     rows: int = 8  # of a batch, and so choices of a request
@@ -20,11 +20,6 @@ class Limits:
     characters: int = 1 << 20  # of the texts of a request; to cut them into tokens takes seconds
     seconds: float = 60.0  # in which a body must have arrived, and in which a client must take a piece of the response
     marks: int = 1 << 18  # commas and opening brackets of a body, each of which may become an object of many bytes
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ValueError(f"the limit of {field.name} must be above 0, not {getattr(self, field.name)}")
 
 
 class Refused(Exception):
