@@ -53,7 +53,7 @@ def anew(model):
 
 @pytest.fixture(scope="module")
 def endpoint(model, folder):
-    limits = Limits(requests=16, body=200_000, picture=100_000, pictures=3, rows=4, seconds=0.5)
+    limits = Limits(requests=16, body=200_000, picture=100_000, pictures=3, rows=4)
     with served(model, files=str(folder), limits=limits) as endpoint:
         yield endpoint
 
@@ -478,7 +478,7 @@ def listening(tmp_path_factory):
     """A server in a thread, whose replies never end: its model and its port."""
     model = Counting(tmp_path_factory.mktemp("endless"), endless=True)
     ready = threading.Event()
-    with served(model, limits=Limits(seconds=0.5)) as endpoint:
+    with served(model, limits=Limits(seconds=1)) as endpoint:
         bound = server.bound_socket("127.0.0.1", 0)
         running = server.Server(endpoint.app(), endpoint.batcher, ready.set, print)
         thread = threading.Thread(target=running.run, args=([bound],))
@@ -513,7 +513,7 @@ def test_a_body_that_does_not_arrive(listening):
     connection.putheader("Content-Length", "100")
     connection.endheaders(b"{")
     response = connection.getresponse()
-    assert response.status == 408 and "within 0.5 seconds" in response.read().decode()
+    assert response.status == 408 and "within 1 seconds" in response.read().decode()
 
 
 @pytest.mark.parametrize("number, again", [(signal.SIGTERM, False), (signal.SIGINT, True)])
