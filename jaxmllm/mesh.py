@@ -107,9 +107,10 @@ def check_split(what: str, shape: tuple[int, ...], names: tuple[str | None, ...]
         axes = RULES.get(name, ())
         parts = math.prod(sizes[a] for a in axes)
         if shape[i] % parts:
+            pad = f", or pad the table with model.llm.table_multiple={parts}" if name == "vocab" else ""
             raise ValueError(
                 f"{what} {shape}: dimension {i} ({name}, {shape[i]}) does not divide over mesh axis "
-                f"{' x '.join(axes)} of size {parts}; change the mesh or that size"
+                f"{' x '.join(axes)} of size {parts}; change the mesh or that size{pad}"
             )
 
 

@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from jaxmllm import mesh as meshes
 from jaxmllm.data.build import sample_spec
 from jaxmllm.data.tokenizer import load_tokenizer
 from jaxmllm.eval.verify import verify
 from jaxmllm.fusers.mmfuser import MMFuser
-from jaxmllm.objectives.next_token import next_token
+from jaxmllm.mesh import Mesh
+from jaxmllm.objectives.next_token import Chunks, losses, next_token
+from jaxmllm.train.setup import abstract_batch, stage_program
 from jaxmllm.weights.export import export
 from jaxmllm.weights.parts import load_parts
 from jaxmllm.weights.safetensors import open_folder, write_folder
@@ -125,6 +129,18 @@ def test_padding_is_never_predicted(chunk):
     assert not ptable[300:].any()
 
 
+@pytest.mark.parametrize("chunk", [320, 100])
+def test_padding_of_a_table_that_four_devices_hold(chunk):
+    """The last of four parts has 60 tokens and 20 rows of padding; the loss tells them apart by their place."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, table = jax.random.normal(keys[0], (2, 6, 16)), jax.random.normal(keys[1], (320, 16))
+    labels = jax.random.randint(keys[2], (2, 6), 0, 300)
+    nll, _ = losses(hidden, table.reshape(4, 80, 16), labels, Chunks.of(80, chunk / 4, 300), None)
+    logits = hidden @ table[:300].T
+    expected = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nll, expected, rtol=1e-5)
+
+
 def test_the_model_gives_padding_to_its_objective():
     padded = text_only(41, table_multiple=16)
     params = random_of(run_of(padded, "none"))
@@ -136,7 +152,24 @@ def test_the_model_gives_padding_to_its_objective():
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
-def test_growth_and_loss_on_a_mesh(tmp_path):
+def test_padding_makes_a_table_divide():
+    """A step of training on a mesh whose tensor axis the tokens do not divide over."""
+    sizes = (1, 1, 1, 2, 1)
+    abstract = AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Explicit,) * len(sizes))
+
+    def traced(**llm):
+        run = run_of(text_only(41, **llm), "none", mesh=Mesh(fsdp=1, tensor=2))
+        with jax.sharding.use_abstract_mesh(abstract):
+            params, new_state, step = stage_program(run, run.stages[0], abstract)
+            return step.trace(jax.eval_shape(new_state, params), abstract_batch(run, run.stages[0], abstract))
+
+    with pytest.raises(ValueError, match="vocab, 41.* or pad the table with model.llm.table_multiple=2"):
+        traced()
+    state = traced(table_multiple=16).out_info[0]
+    assert state.trainable["llm/lm_head/embedding"].shape == (48, 16)
+
+
+def test_growth_on_a_mesh(tmp_path):
     """A folder of ours is read onto a mesh that its table without padding would not divide over."""
     model = llava(41, MMFuser(4, 2), taps=(1, 3), llm={"table_multiple": 16})
     write_llama_tokenizer(tmp_path)
