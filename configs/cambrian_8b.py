@@ -4,9 +4,9 @@
                                                   SVA, 24 x 24 queries, 3 layers -> Llama-3-8B, 10 SVA layers inside
     518 px -> DINOv2 ViT-L/14, 5 taps -> MMFuser /
 
-It has two encoders instead of Cambrian-1's four; `cambrian_8b.py:published` has all four. Bring your own tokenizer,
-pictures and conversations, under data/, and the weights: --set init.llm=DIR init.encoders.clip=DIR
-init.encoders.dino=DIR
+It has two encoders instead of Cambrian-1's four; `cambrian_8b.py:published` has all four, and `:lora` trains adapters
+of the language model. Bring your own tokenizer, pictures and conversations, under data/, and the weights: --set
+init.llm=DIR init.encoders.clip=DIR init.encoders.dino=DIR
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from jaxmllm.fusers.single import Single
 from jaxmllm.llms import presets
 from jaxmllm.llms.inserts import VisualInserts
 from jaxmllm.mllm import MLLM
+from jaxmllm.nn.lora import LoRA
 from jaxmllm.objectives.next_token import NextToken
 from jaxmllm.train.optimizers import AdamW
 from jaxmllm.train.schedules import Cosine
@@ -78,3 +79,21 @@ def published() -> Run:
     base, encoders = config(), cambrian(GRID)
     model = base.model.clone(encoders=encoders, fusers={name: Single() for name in encoders})
     return dataclasses.replace(base, name="cambrian_8b_published", model=model)
+
+
+def lora() -> Run:
+    """The published visual path for four chips: Llama-3 frozen with adapters, the connector trained, and one row per
+    chip at a time. Weights and optimizer take 7.4 GiB of each chip."""
+    base = published()
+    adapters, connector = Rule(r"/lora_[ab]$"), Rule("^(fusers_|aggregator/|llm/visual/)")
+    align, instruct = (dataclasses.replace(stage, rows=64, accumulate=16) for stage in base.stages)
+    instruct = dataclasses.replace(
+        instruct, rules=(adapters, connector, Rule(".*", lr=None)), optim=AdamW(lr=2e-4, schedule=Cosine(warmup=0.03))
+    )
+    return dataclasses.replace(
+        base,
+        name="cambrian_8b_lora",
+        model=base.model.clone(llm=base.model.llm.clone(remat="full")),
+        lora=(LoRA(rank=64, alpha=128.0, dropout=0.05, targets=("^llm/blocks/.*/(attn|mlp)/",)),),
+        stages=(align, instruct),
+    )

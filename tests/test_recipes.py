@@ -14,7 +14,8 @@ from jaxmllm.recipes import load, override, read_run
 from tests.conftest import ROOT
 
 TOY = str(ROOT / "configs" / "toy.py")
-VARIANTS = ["toy.py", "toy.py:tiny", "cambrian_8b.py", "cambrian_8b.py:published", "llama3_8b.py", "llama3_8b.py:long"]
+VARIANTS = ["toy.py", "toy.py:tiny", "cambrian_8b.py", "cambrian_8b.py:published", "cambrian_8b.py:lora"]
+VARIANTS += ["llama3_8b.py", "llama3_8b.py:long"]
 
 
 def through_json(run):
