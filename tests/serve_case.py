@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import sys
 import tempfile
 import threading
@@ -20,13 +21,14 @@ from PIL import Image
 
 from jaxmllm.data.samples import make_sample
 from jaxmllm.eval.answer import Reply
-from jaxmllm.serve import server
+from jaxmllm.serve import requests, server
 from jaxmllm.serve.app import Endpoint
 from jaxmllm.serve.batches import Batcher
 from jaxmllm.serve.limits import Limits
 from tests.loader_case import sample_spec
 
 MOST = 40  # tokens of a reply
+URL = "/v1/chat/completions"
 
 
 class Counting:
@@ -133,6 +135,32 @@ def main() -> None:
     app = Endpoint(batcher, "counting", key="secret" if "key" in sys.argv else None, say=say).app()
     server.Server(app, batcher, lambda: print(server.address_of(bound), flush=True), say).run([bound])
     server.leave(0)
+
+
+PICTURE = data_url(png())
+
+
+def ask(client, *messages, **fields):
+    """The response to a request, by default greedy."""
+    return client.post(URL, json={"messages": [*messages], "temperature": 0, **fields})
+
+
+def content(response) -> str:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def error(response) -> dict:
+    found = response.json()
+    assert found.keys() == {"error"} and found["error"].keys() == {"message", "type", "param", "code"}
+    assert "\n" not in found["error"]["message"] and found["error"]["message"]
+    return found["error"]
+
+
+def question(*messages: dict):
+    """The question of these messages."""
+    asked = requests.parse(json.dumps({"messages": [*messages]}).encode(), Limits(pictures=3))
+    return requests.question(asked.messages, Limits(pictures=3), lambda url, place: f"{place}={url}")
 
 
 if __name__ == "__main__":

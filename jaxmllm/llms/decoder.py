@@ -118,7 +118,7 @@ class Decoder(nn.Module):
     embed_scale: float | None = None  # embedded tokens are multiplied by it
     zero_centred: bool = False  # norms scale by 1 + their parameter
     post_norms: bool = False  # norms after attention and MLP too
-    table_multiple: int = 1  # of the rows of the tables of tokens
+    table_multiple: Positive = 1  # of the rows of the tables of tokens
     inserts: VisualInserts | None = None
     remat: str = "full"
     unroll: int | bool = 1
@@ -138,8 +138,6 @@ class Decoder(nn.Module):
                 f"Decoder: the last visual layer would follow layer {self.inserts.last}, and the last layer is "
                 f"{self.layers - 1}; change start, stride or count of inserts"
             )
-        if self.table_multiple < 1:
-            raise ValueError(f"Decoder: table_multiple is {self.table_multiple}, but must be 1 or more")
         if not self.windowed or not self.rotary:
             raise ValueError(
                 "Decoder: windowed and rotary need an entry, for all layers; without a window: window=None"
