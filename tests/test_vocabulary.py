@@ -191,8 +191,6 @@ def test_what_a_run_needs_is_said(base):
     without = dataclasses.replace(run, data=dataclasses.replace(run.data, added_tokens=()))
     with pytest.raises(ValueError, match=r"data.added_tokens gives it tokens, such as \('<\|im_start\|>',\)"):
         sample_spec(without)
-    with pytest.raises(ValueError, match="table_multiple is 0, but must be 1 or more"):
-        text_only(41, table_multiple=0)
 
 
 def test_a_smaller_table_or_other_sizes_are_refused(base):
