@@ -17,11 +17,10 @@ from jaxmllm import recipes
 from jaxmllm.data.images import prepare
 from jaxmllm.data.tokenizer import load_tokenizer
 from jaxmllm.encoders.presets import efficientnet_lite0, from_folder
-from jaxmllm.mesh import Mesh
-from jaxmllm.train.state import flatten, unflatten
+from jaxmllm.llms import presets as llms
+from jaxmllm.train.state import flatten
 from jaxmllm.weights import encoder_key_maps, families
 from jaxmllm.weights.convert import export_weights, import_weights
-from jaxmllm.weights.opened import abstract_model, open_model
 from jaxmllm.weights.pickled import open_pickled
 from jaxmllm.weights.sources import open_source
 from tests.conftest import ROOT
@@ -129,16 +128,17 @@ def test_dinov2_agrees_with_onnxruntime(real_model, tmp_path):
 def test_smollm2_knows_a_capital(real_model, tmp_path):
     """Wrongly ordered rows of q and k, or wrongly read blocks, would give another word."""
     real_model.gguf_llama.convert(package_file(*real_model.SMOLLM2), tmp_path / "smollm2")
-    tokenizer, opened = load_tokenizer(str(tmp_path / "smollm2")), open_model(str(tmp_path / "smollm2"))
-    mesh = Mesh(fsdp=1).build(jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        params = unflatten(opened.load(abstract_model(opened.model, mesh)))["llm"]
-        tokens = jnp.array([tokenizer.encode("The capital of Japan is")])
-        places, llm = jnp.arange(tokens.shape[1])[None], opened.model.llm
-        states, *_ = llm.apply(
-            {"params": params}, llm.apply({"params": params}, tokens, method="embed"), places, jnp.ones_like(tokens)
-        )
-        logits = states[0, -1] @ params["embedding"]["embedding"].T
+    tokenizer, source = load_tokenizer(str(tmp_path / "smollm2")), open_source(str(tmp_path / "smollm2"))
+    llm = llms.from_folder(tmp_path / "smollm2", remat="none")
+    tokens = jnp.array([tokenizer.encode("The capital of Japan is")])
+    inputs = jnp.zeros((*tokens.shape, llm.width)), jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+    abstract = jax.eval_shape(lambda: flatten(llm.init(jax.random.key(0), *inputs)["params"]))
+    key_map = families.key_map(source.config, "llm", llm, source.folder.keys())
+    table = source.folder["model.embed_tokens.weight"]
+    sizes = {path: x.shape for path, x in abstract.items()} | {"embedding/embedding": table.shape}
+    params = import_weights(key_map, source.folder, sizes)
+    states, *_ = apply(llm, params, table[tokens], *inputs[1:])
+    logits = states[0, -1] @ table.T
     assert tokenizer.decode([int(logits.argmax())]) == " Tokyo"
     text = "The year 2024: naïve café, 100% <|im_end|>"
     assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
