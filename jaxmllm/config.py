@@ -30,7 +30,7 @@ class Source:
     _: dataclasses.KW_ONLY
     image_root: str | None = None  # default: the folder of `path`
     outside_root: bool = False  # whether records may name files outside image_root, also through links
-    weight: NonNegative = 1.0  # share in the mixture
+    weight: float = 1.0  # share in the mixture
 
     def __post_init__(self):
         check_local("source", self.path)

@@ -12,10 +12,12 @@ from jaxmllm.train.checkpoint import abstract_on
 from jaxmllm.train.setup import abstract_batch, stage_program
 from tests.conftest import ROOT
 
-# 64 x 4 and 256 x 8 chips. The toy has too few heads to split; SigLIP's width, 1152, does not divide by 256.
-TOY = {"data": 64, "fsdp": 4}, {"data": 256, "fsdp": 8}
+# 64 x 4 and 256 x 8 chips. The toy, and the real model for a laptop, have too few heads to split; SigLIP's width, 1152,
+# does not divide by 256.
+SMALL = {"data": 64, "fsdp": 4}, {"data": 256, "fsdp": 8}
 LARGE = {"fsdp": 64, "tensor": 4}, {"fsdp": 256, "tensor": 8}
-MESHES = {"toy.py": TOY, "cambrian_8b.py:published": (LARGE[0], {"data": 4, "fsdp": 64, "tensor": 8})}
+PUBLISHED = LARGE[0], {"data": 4, "fsdp": 64, "tensor": 8}
+MESHES = {"toy.py": SMALL, "real.py": SMALL, "cambrian_8b.py:published": PUBLISHED}
 CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.py")} | set(MESHES))
 PODS = [
     pytest.param(name, sizes, id=f"{name}-{'x'.join(map(str, sizes.values()))}")

@@ -116,9 +116,12 @@ def test_threads_that_wait_for_data_do_not_keep_the_process():
 
 
 def test_other_commands_end_at_ctrl_c():
-    code = "from jaxmllm.cli import main, data_stats; import time; print('ready', flush=True)\n"
-    code += "data_stats.run.__code__ = (lambda args: __import__('time').sleep(60)).__code__\n"
-    process = start("-c", code + "raise SystemExit(main.main(['data', 'stats', 'configs/toy.py']))")
+    code = """if True:
+        from jaxmllm.cli import data_stats, main
+
+        data_stats.run.__code__ = (lambda args: [print("ready", flush=True), __import__("time").sleep(60)]).__code__
+        """
+    process = start("-c", f"{code}raise SystemExit(main.main(['data', 'stats', 'configs/toy.py']))")
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

@@ -49,9 +49,9 @@ DATA_COMMANDS = (data_make_scenes, data_check, data_show, data_stats, data_conve
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command (by default that of sys.argv) and returns the exit code."""
-    args = parser().parse_args(argv)
-    keep_freed_memory()
     try:
+        args = parser().parse_args(argv)
+        keep_freed_memory()
         for name, value in vars(args).items():
             if isinstance(value, str):
                 check_local(f"--{name}", value)
