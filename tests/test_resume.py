@@ -97,7 +97,9 @@ def test_many_kills_at_random_moments_are_bit_equal(scenes, tmp_path):
             time.sleep(chance.uniform(0, 5))
         else:
             assert any(line.startswith("first step") for line in process.stderr), process.wait()
-            time.sleep(chance.uniform(0, 0.4))
+            for _ in range(chance.randrange(10)):  # steps, so that the run gets on however slow the machine is
+                process.stderr.readline()
+            time.sleep(chance.uniform(0, 0.1))
         deadline = time.monotonic() + 60
         while number % 2 and not saving(killed) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -106,7 +108,7 @@ def test_many_kills_at_random_moments_are_bit_equal(scenes, tmp_path):
         assert process.returncode == -signal.SIGKILL, f"kill {number} came after the end"
         process.stderr.close()
         in_saves += bool(saving(killed))
-    assert in_saves >= KILLS // 4
+    assert in_saves >= KILLS // 4 and newest_state(killed, "align")[0] > 3
     jaxmllm("train", *args, "--workdir", killed)
     for stage in ("align", "instruct"):
         one, other = newest_state(tmp_path / "unbroken", stage), newest_state(killed, stage)
