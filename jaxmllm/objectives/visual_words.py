@@ -66,5 +66,5 @@ def same_sample(batch: Batch) -> jax.Array:
 
 def wanted(batch: Batch) -> jax.Array:
     """bool[B, S]: labels that are not the last of their answer."""
-    labeled = batch.labels != IGNORE_LABEL
-    return labeled & jnp.roll(labeled, -1, 1).at[:, -1].set(False)
+    labeled = sharded.shard(batch.labels, "batch", None) != IGNORE_LABEL
+    return labeled & jnp.pad(labeled[:, 1:], ((0, 0), (0, 1)))
