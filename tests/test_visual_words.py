@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmllm import mesh as meshes
+from jaxmllm import sharded
 from jaxmllm.batch import IGNORE_LABEL, Batch
 from jaxmllm.objectives.base import ModelView
 from jaxmllm.objectives.visual_words import VisualWords
+from tests.conftest import ROOT, simulated
 
 B, S, H, V, SLOTS, BLOCK = 2, 12, 8, 20, 2, 2
 
@@ -92,3 +98,35 @@ def test_words_that_are_far_from_all_tokens_still_have_gradients(far):
     value, grad = jax.value_and_grad(loss)(far * inputs)
     assert np.isfinite(value) and value > 1e3
     assert np.isfinite(np.asarray(grad)).all() and np.abs(np.asarray(grad)).max() > 0.1
+
+
+def compare_on_a_mesh() -> None:
+    """Values, hits and gradients of eight rows on eight devices, over data, fsdp or tensor, and context, and on one."""
+    (inputs, table), of = arrays(), batch()
+    inputs, of = jax.tree.map(lambda x: jnp.concatenate([x] * 4), (inputs, of))
+
+    def loss(inputs, table, of):
+        given = sharded.shard(inputs, "batch", "length", None)
+        term, metrics = VisualWords().apply({}, view(given, table, jax.tree.map(split, of)))
+        mask = sharded.shard(term.mask, None, None)
+        values, hit = (sharded.shard(x, None, None) * mask for x in (term.values, metrics["hit"].values))
+        return values.sum(), (values, hit, mask)
+
+    def split(x):
+        return sharded.shard(x, "batch", *["length" if x.shape[1] == S else None] + [None] * (x.ndim - 2))
+
+    def everything(sizes, devices):
+        with jax.set_mesh(meshes.Mesh(**sizes).build(devices)):
+            step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+            return jax.tree.map(np.asarray, step(inputs, table, of))
+
+    one = everything({}, jax.devices()[:1])
+    for sizes in ({"data": 2, "fsdp": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "context": 2}):
+        several = everything(sizes, jax.devices())
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, several)
+
+
+def test_a_mesh_gives_the_values_of_one_device():
+    code = "from tests.test_visual_words import compare_on_a_mesh; compare_on_a_mesh()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=simulated(8), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

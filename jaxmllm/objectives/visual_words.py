@@ -35,7 +35,7 @@ class VisualWords(Objective):
         table = sharded.shard(view.output_table, None, None)[: view.vocab].astype(tokens.dtype)
         logits = sharded.einsum("bjh,vh->bjv", tokens, table, "batch", None, None)
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-        labels = jnp.maximum(batch.labels, 0)[:, None]
+        labels = jnp.maximum(sharded.shard(batch.labels, "batch", None), 0)[:, None]
         log_p_label = jnp.take_along_axis(log_p, labels, -1)  # [B, J, S]
         mask = wanted(batch) & own.any(1)
         nll = -log_any(log_p_label, own | ~mask[:, None])
