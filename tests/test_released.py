@@ -266,3 +266,9 @@ def test_an_unknown_projector_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"mm_projector_type": "CAbstractor"}))
     with pytest.raises(ValueError, match="mm_projector_type 'CAbstractor' with 1 encoders is not known"):
         model_of(tmp_path, MODELS["llava"][0].encoders)
+
+
+def test_a_missing_field_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"mm_projector_type": "sva", "image_token_len": 576}))
+    with pytest.raises(ValueError, match="config.json has no vision_hidden_size, which this kind of checkpoint needs"):
+        model_of(tmp_path, MODELS["llava"][0].encoders)

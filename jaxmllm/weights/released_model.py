@@ -29,6 +29,17 @@ TASKS = {"gen": "img", "depth": "depth", "seg": "seg"}  # VisPer-LM's tasks -> h
 HEAD = {"blocks": "depth", "head_dim": "dim_head", "heads": "num_heads", "ff_mult": "ff_mult"}  # of its predictors
 
 
+class Fields(dict):
+    """Fields of a config.json. One that is missing raises ValueError with its name and that of the file."""
+
+    def __init__(self, fields: Mapping[str, Any], place: str):
+        super().__init__(fields)
+        self.place = place
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.place} has no {name}, which this kind of checkpoint needs")
+
+
 def model_of(folder: str | Path, encoders: Mapping[str, Any], length: int | None = None) -> MLLM:
     """LLaVA-1.5, MMFuser, Dense Connector, Cambrian-1 or VisPer-LM from a folder, with next-token prediction.
 
@@ -37,7 +48,8 @@ def model_of(folder: str | Path, encoders: Mapping[str, Any], length: int | None
     that do not fit.
     """
     path = Path(folder)
-    raw, source = read_json(path / "config.json"), ReleasedSource(str(folder), path, None)
+    raw = Fields(read_json(path / "config.json"), str(path / "config.json"))
+    source = ReleasedSource(str(folder), path, None)
     described = hf_decoders.decoder(source.text_config, length)
     if described.refused:
         raise ValueError(f"{folder}: {'; '.join(described.refused)}")
@@ -89,7 +101,7 @@ def _teachers(raw: Mapping[str, Any], source: ReleasedSource) -> dict[str, Embed
 
 
 def _teacher(task: str, raw: Mapping[str, Any], source: ReleasedSource) -> EmbedDistill:
-    head, key = raw[f"image_{task}"], f"image_{task}_heads.0."
+    head, key = Fields(raw[f"image_{task}"], f"{source.name}: image_{task}"), f"image_{task}_heads.0."
     layers, bias = str(head[f"{TASKS[task]}_layer_indices"]).split("-"), f"{key}projector.proj_in.bias"
     width = len(source.folder[bias]) if bias in source.folder else None
     maps = [name for name in source.folder if re.fullmatch(rf"{re.escape(key)}linear_\d+\.0\.weight", name)]
