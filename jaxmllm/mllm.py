@@ -26,7 +26,8 @@ class MLLM(nn.Module):
 
     encoders, fusers: encoder name -> part, with the same names in the same order. objectives: name -> Objective; their
     task tokens follow the aggregator's tokens in this order. Without encoders there is no aggregator, and the model is
-    a plain language model. Raises ValueError, in one line, if the parts do not fit together.
+    a plain language model. as_words: the language model reads the aggregator's tokens as mixtures of its own words
+    (Decoder.as_words). Raises ValueError, in one line, if the parts do not fit together.
     """
 
     encoders: dict[str, nn.Module]
@@ -34,6 +35,7 @@ class MLLM(nn.Module):
     aggregator: nn.Module | None
     llm: nn.Module
     objectives: dict[str, nn.Module]
+    as_words: bool = False
 
     def __post_init__(self):
         # Linen shares the weights of one object given for several encoders; here each encoder gets its own fuser.
@@ -109,31 +111,39 @@ class MLLM(nn.Module):
         blocks)."""
         return self.decoded(batch, taps, cache)[1:]
 
+    def in_words(self, block: jax.Array) -> jax.Array:
+        """Visual tokens [B, I * block, H], those of the aggregator as words."""
+        size, count = self.layout.block, self.layout.tokens.count
+        images = sharded.reshape(block, block.shape[0] * block.shape[1] // size, size, block.shape[2])
+        words = self.llm.as_words(images[:, :count])
+        return sharded.reshape(jnp.concatenate([words, images[:, count:]], 1), *block.shape)
+
     def decoded(self, batch: Batch, taps: tuple[int, ...] = (), cache: Any = None):
-        """-> (what the decoder reads [B, S, H], *what `hidden` returns)."""
-        visual = None
+        """-> (visual tokens [B, I * block, H] as the connector makes them, *what `hidden` returns)."""
+        block = visual = None
         if self.encoders:
             block, visual = self.visual(batch)
         with jax.named_scope("llm"):
             x = self.llm.embed(batch.tokens)
             if visual is not None:
                 places = sharded.reshape(batch.visual_positions, *block.shape[:2])
-                x = inverse_gather.replace(x, block, places, batch.visual_index)
+                read = self.in_words(block) if self.as_words else block
+                x = inverse_gather.replace(x, read, places, batch.visual_index)
                 visual = visual if visual.memory is not None else None
-            return x, *self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
+            return block, *self.llm(x, batch.positions, batch.segment_ids, visual, taps, cache)
 
     def __call__(self, batch: Batch, losses: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, dict[str, Term]]]:
         """-> (unreduced losses of the named objectives and of blocks, {objective: {metric: values}})."""
         chosen = {name: each for name, each in self.objectives.items() if name in losses}
         taps = tuple(sorted({layer for each in chosen.values() for layer in each.needs.layers}))
-        inputs, states, tapped, _, aux = self.decoded(batch, taps)
+        visual, states, tapped, _, aux = self.decoded(batch, taps)
         terms = {name: Term(aux[name], jnp.ones_like(aux[name], bool)) for name in self.llm.aux}
         metrics, layout, first = {}, self.layout, self.layout.tokens.count
         table, cap = self.llm.output_table(), self.llm.logit_cap
         for name, objective in self.objectives.items():
             if name in chosen:
                 with jax.named_scope(name if name == "next_token" else f"objective_{name}"):
-                    view = ModelView(name, batch, layout, first, inputs, states, tapped, table, self.llm.vocab, cap)
+                    view = ModelView(name, batch, layout, first, visual, states, tapped, table, self.llm.vocab, cap)
                     terms[name], metrics[name] = objective(view)
             first += objective.needs.tokens
         return terms, metrics

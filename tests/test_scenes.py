@@ -75,8 +75,11 @@ def test_every_training_answer_follows_from_the_maps(folder: Path) -> None:
     assert min(seen[first] for first in ("How", "Is", "Which", "What")) >= 30
 
 
-def test_a_caption_counts_what_the_instance_map_shows(folder: Path) -> None:
-    for record in read(folder / "align.jsonl"):
+@pytest.mark.parametrize("name, scenes", [("align", 400), ("heldout_captions", 300)])
+def test_a_caption_counts_what_the_instance_map_shows(folder: Path, name: str, scenes: int) -> None:
+    records = read(folder / f"{name}.jsonl")
+    assert len({record["image"] for record in records}) == len(records) == scenes
+    for record in records:
         _, instances = maps(folder, record["image"])
         counts = Counter(record["objects"][k - 1] for k in np.unique(instances) if k)
         question, given = (turn["value"] for turn in record["conversations"])

@@ -32,8 +32,18 @@ def batch() -> Batch:
     return Batch(*map(jnp.asarray, (labels, labels, segments, segments, labels, places)), {}, {}, {}, {})
 
 
+def at_places(inputs, of: Batch) -> jax.Array:
+    """inputs [B, S, H] -> the visual tokens among them [B, J, H]."""
+    places = of.visual_positions.reshape(len(inputs), -1)
+    return jnp.take_along_axis(inputs, jnp.maximum(places, 0)[..., None], 1)
+
+
 def view(inputs, table, of: Batch) -> ModelView:
-    return ModelView("words", of, None, 0, inputs, None, {}, jnp.pad(table, ((0, 4), (0, 0))), V)  # rows of padding
+    return view_of(at_places(inputs, of), table, of)
+
+
+def view_of(visual, table, of: Batch) -> ModelView:
+    return ModelView("words", of, None, 0, visual, None, {}, jnp.pad(table, ((0, 4), (0, 0))), V)  # rows of padding
 
 
 def arrays() -> tuple[jax.Array, jax.Array]:
@@ -103,11 +113,11 @@ def test_words_that_are_far_from_all_tokens_still_have_gradients(far):
 def compare_on_a_mesh() -> None:
     """Values, hits and gradients of eight rows on eight devices, over data, fsdp or tensor, and context, and on one."""
     (inputs, table), of = arrays(), batch()
-    inputs, of = jax.tree.map(lambda x: jnp.concatenate([x] * 4), (inputs, of))
+    visual, of = jax.tree.map(lambda x: jnp.concatenate([x] * 4), (at_places(inputs, of), of))
 
-    def loss(inputs, table, of):
-        given = sharded.shard(inputs, "batch", "length", None)
-        term, metrics = VisualWords().apply({}, view(given, table, jax.tree.map(split, of)))
+    def loss(visual, table, of):
+        given = sharded.shard(visual, "batch", None, None)
+        term, metrics = VisualWords().apply({}, view_of(given, table, jax.tree.map(split, of)))
         mask = sharded.shard(term.mask, None, None)
         values, hit = (sharded.shard(x, None, None) * mask for x in (term.values, metrics["hit"].values))
         return values.sum(), (values, hit, mask)
@@ -118,7 +128,7 @@ def compare_on_a_mesh() -> None:
     def everything(sizes, devices):
         with jax.set_mesh(meshes.Mesh(**sizes).build(devices)):
             step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-            return jax.tree.map(np.asarray, step(inputs, table, of))
+            return jax.tree.map(np.asarray, step(visual, table, of))
 
     one = everything({}, jax.devices()[:1])
     for sizes in ({"data": 2, "fsdp": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "context": 2}):

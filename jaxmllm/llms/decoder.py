@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmllm import sharded
 from jaxmllm.batch import Visual
 from jaxmllm.fields import Positive
 from jaxmllm.llms.inserts import VisualInserts, VisualLayers
@@ -188,6 +189,18 @@ class Decoder(nn.Module):
         """int32[B, S] -> [B, S, H]."""
         x = self.embedding(tokens)
         return x if self.embed_scale is None else x * jnp.asarray(self.embed_scale, x.dtype)
+
+    def as_words(self, x: jax.Array) -> jax.Array:
+        """Vectors [N, P, H] as means of the embeddings of all tokens, weighted by softmax(x @ output table.T).
+
+        What the language model reads is then between its own words (AlignVLM, arXiv 2502.01341). The logits
+        [N, P, V] exist at once.
+        """
+        tables = self.output_table(), self.embedding.kernel()
+        to, back = (sharded.shard(table, None, None)[: self.vocab].astype(x.dtype) for table in tables)
+        share = jax.nn.softmax(sharded.einsum("nph,vh->npv", x, to, "batch", None, None).astype(jnp.float32))
+        mean = sharded.einsum("npv,vh->nph", share.astype(x.dtype), back, "batch", None, None)
+        return mean if self.embed_scale is None else mean * jnp.asarray(self.embed_scale, x.dtype)
 
     def output_table(self) -> jax.Array:
         """The table as it is stored, [V and padding, H]: logits = soft_cap(hidden @ table.T, logit_cap)[.., :vocab]."""

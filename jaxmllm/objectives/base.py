@@ -22,7 +22,7 @@ class ModelView:
     batch: Batch
     layout: VisualLayout
     first_task_token: int  # place of the objective's task tokens in the visual block of an image
-    inputs: jax.Array  # [B, S, H], what the first layer reads: embedded text, and visual tokens at their places
+    visual: jax.Array | None  # [B, I * block, H], visual tokens as the connector makes them; None without encoders
     states: jax.Array  # [B, S, H], after the final norm
     tapped: dict[int, jax.Array]  # layer -> states [B, S, H], for the layers that the objective names
     output_table: jax.Array  # [V, H] and perhaps rows of padding, as it is stored

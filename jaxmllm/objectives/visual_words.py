@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm import sharded
-from jaxmllm.batch import IGNORE_LABEL, Batch, Term
+from jaxmllm.batch import IGNORE_LABEL, Batch, Term, VisualLayout
 from jaxmllm.objectives.base import ModelView, Objective
 
 MAX_P = 1 - 1e-6  # keeps the logarithm of what is left finite
@@ -24,14 +24,17 @@ class VisualWords(Objective):
     of them that are the nearest word of a visual token. The logits [B, tokens of pictures, V] exist at once.
     """
 
+    def check(self, name: str, layout: VisualLayout) -> None:
+        if not layout.encoders:
+            raise ValueError(f"objective {name!r} looks for words in visual tokens, and the model has no encoder")
+
     def count(self, name: str, batch: Batch) -> jax.Array:
         """The number of such labels."""
         return (wanted(batch) & same_sample(batch).any(1)).sum()
 
     def __call__(self, view: ModelView) -> tuple[Term, dict[str, Term]]:
         batch = view.batch
-        places, own = flat_places(batch), same_sample(batch)
-        tokens = sharded.take_rows(sharded.shard(view.inputs, "batch", None, None), jnp.maximum(places, 0))
+        tokens, own = sharded.shard(view.visual, "batch", None, None), same_sample(batch)
         table = sharded.shard(view.output_table, None, None)[: view.vocab].astype(tokens.dtype)
         logits = sharded.einsum("bjh,vh->bjv", tokens, table, "batch", None, None)
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -51,15 +54,11 @@ def log_any(log_p: jax.Array, among: jax.Array) -> jax.Array:
     return jnp.where(tiny, jax.nn.logsumexp(jnp.where(among, log_p, -jnp.inf), 1), several)
 
 
-def flat_places(batch: Batch) -> jax.Array:
-    """int32[B, J]: places of all visual tokens in their row, -1 for none."""
-    b, slots, block = batch.visual_positions.shape
-    return sharded.reshape(batch.visual_positions, b, slots * block)
-
-
 def same_sample(batch: Batch) -> jax.Array:
     """bool[B, J, S]: whether a place belongs to the sample of a visual token."""
-    places, segments = flat_places(batch), sharded.shard(batch.segment_ids, "batch", None)
+    b, slots, block = batch.visual_positions.shape
+    places = sharded.reshape(batch.visual_positions, b, slots * block)
+    segments = sharded.shard(batch.segment_ids, "batch", None)
     own = sharded.take_rows(segments[..., None], jnp.maximum(places, 0))  # [B, J, 1]
     return (segments[:, None] == own) & (places >= 0)[..., None]
 

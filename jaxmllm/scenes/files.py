@@ -27,13 +27,14 @@ FIRST_NOUNS = (
 )  # fmt: skip
 HELDOUT_NOUNS = ("rocket", "mushroom", "turtle", "owl", "cactus", "pineapple", "bicycle", "snowman")
 
-FORMAT = 4  # raise it when the same arguments would give other files
+FORMAT = 5  # raise it when the same arguments would give other files
 
 # Scenes of each kind that training repeats, in this order: more of what is slow to learn. Held-out kinds are balanced.
 _TRAIN_SHARES = {"count": 8, "depth": 8, "single": 3, "relation": 4, "distance": 4}
 DEFAULT_KINDS = ("count", "depth", "single")  # what the toy recipe learns in minutes
 _SPLITS = ("train", "heldout", "heldout_nouns")
-_FILES = ("align", "instruct", "train_rows", "heldout", "heldout_nouns")
+_FILES = ("align", "instruct", "train_rows", "heldout", "heldout_nouns")  # their texts train the tokenizer
+_CAPTIONS = "heldout_captions"
 _TRAIN_ROWS = 2000  # training scenes that also become rows, from which a rule that ignores the picture can learn
 _JOB = 100  # scenes that a worker makes between two progress reports
 
@@ -50,6 +51,7 @@ CV-Bench; held-out rows only have its columns, so that the same scorer reads bot
   k-th has the value k in the instance map.
 - `heldout.jsonl`: questions about other scenes of the same nouns. `heldout_nouns.jsonl`: about scenes of
   nouns that training never shows. `prompt` is what is asked; `choices` come in random order.
+- `heldout_captions.jsonl`: as `align.jsonl`, about all scenes of `heldout.jsonl`.
 - `train_rows.jsonl`: such rows about training scenes, for references that do not look at the picture.
 - `tokenizer/`: one token per word of all texts here.
 - `images/SPLIT/ID.jpg`.
@@ -89,14 +91,14 @@ def _paths(split: str, index: int) -> dict[str, str]:
     }
 
 
-def llava_record(index: int, scene: Scene, questions: Sequence[Question]) -> dict[str, Any]:
-    """A training example in LLaVA's format, with the paths of the dense targets and each instance's noun."""
+def llava_record(split: str, index: int, scene: Scene, questions: Sequence[Question]) -> dict[str, Any]:
+    """An example in LLaVA's format, with the paths of the dense targets and each instance's noun."""
     turns = []
     for question in questions:
         turns.append({"from": "human", "value": question.text if turns else f"<image>\n{question.text}"})
         turns.append({"from": "gpt", "value": question.answer})
     nouns = [thing.noun for thing in scene.objects]
-    return {"id": f"train-{index:06d}", **_paths("train", index), "objects": nouns, "conversations": turns}
+    return {"id": f"{split}-{index:06d}", **_paths(split, index), "objects": nouns, "conversations": turns}
 
 
 def benchmark_row(rng: np.random.Generator, image: str, question: Question) -> dict[str, Any]:
@@ -218,7 +220,8 @@ class _Job(NamedTuple):
 
 def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
     """Write the images and maps of a job; return the records of each JSONL file, without the "idx" of rows."""
-    records = {"align": [], "instruct": [], "train_rows": []} if job.split == "train" else {job.split: []}
+    names = {"train": ("align", "instruct", "train_rows"), "heldout": ("heldout", _CAPTIONS)}
+    records = {name: [] for name in names.get(job.split, (job.split,))}
     nouns, kinds = job.how["nouns"], job.how["kinds"]
     for index in job.indices:
         scene, rng = scene_at(job.split, index, **job.how)
@@ -228,8 +231,10 @@ def _run(job: _Job) -> dict[str, list[dict[str, Any]]]:
         Image.fromarray(depth).save(job.folder / paths["depth"], compress_level=1)
         Image.fromarray(scene.instances).save(job.folder / paths["instances"], compress_level=1)
         if job.split == "train":
-            records["align"].append(llava_record(index, scene, [caption(scene)]))
-            records["instruct"].append(llava_record(index, scene, conversation(rng, scene, nouns)))
+            records["align"].append(llava_record(job.split, index, scene, [caption(scene)]))
+            records["instruct"].append(llava_record(job.split, index, scene, conversation(rng, scene, nouns)))
+        if job.split == "heldout":
+            records[_CAPTIONS].append(llava_record(job.split, index, scene, [caption(scene)]))
         if job.split != "train" or index < _TRAIN_ROWS:
             turn, offset = divmod(index, len(kinds))
             questions = heldout_questions(rng, turn, offset, scene, nouns)
@@ -243,7 +248,7 @@ def _write_records(
 ) -> None:
     done, total = 0, sum(len(job.indices) for job in jobs)
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / f"{name}.jsonl", "w")) for name in _FILES}
+        files = {name: stack.enter_context(open(folder / f"{name}.jsonl", "w")) for name in (*_FILES, _CAPTIONS)}
         written = dict.fromkeys(files, 0)
         results: Iterable[dict[str, list[dict[str, Any]]]] = map(_run, jobs)
         if processes > 1 and len(jobs) > 1:

@@ -88,7 +88,7 @@ def no_llava(model: MLLM) -> list[str]:
     if len(model.encoders) != 1:
         return [f"{len(model.encoders)} encoders"]
     (encoder,), (fuser,), aggregator = model.encoders.values(), model.fusers.values(), model.aggregator
-    reasons = []
+    reasons = ["visual tokens as words"] if model.as_words else []
     if hf_write_decoders.text_config(model.llm, 1) is None:
         reasons.append("its decoder is none of transformers'")
     if hf_write.vision_config(encoder) is None:

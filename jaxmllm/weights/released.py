@@ -54,6 +54,8 @@ def is_released(folder: Path) -> bool:
 def key_map(model: MLLM) -> KeyMap:
     """The layout that a model with these parts has, without its encoders. Raises ValueError if there is none."""
     aggregator, fusers = model.aggregator, [type(fuser) for fuser in model.fusers.values()]
+    if model.as_words:
+        raise ValueError("no released checkpoint has visual tokens as words")
     if isinstance(aggregator, SVA):
         return key_maps.cambrian(model)
     if isinstance(aggregator, InterleavedMoF):
