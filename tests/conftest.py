@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,14 @@ def jaxmllm(*args, devices: int = 1, check: bool = True, env: dict | None = None
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture
+def bounded():
+    """For tests that must take little memory and time."""
+    tracemalloc.start()
+    begun = time.process_time()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 << 20 and time.process_time() - begun < 20

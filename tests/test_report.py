@@ -1,4 +1,4 @@
-"""The page of a run: what it says is what the files say, whatever of them is there; and the attention that it shows."""
+"""The page of a run: what it says is what the files say, whatever of them is there."""
 
 import dataclasses
 import json
@@ -7,25 +7,18 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.batch import TokenLayout
 from jaxmllm.cli.main import main
-from jaxmllm.eval.answer import Answerer, Question
-from jaxmllm.eval.attend import answer_attention, attention_weights, cells_of
 from jaxmllm.eval.tasks.cv_bench import CVBench
-from jaxmllm.llms.decoder import Decoder
 from jaxmllm.recipes import to_document
 from jaxmllm.report import answers, attention, data, history, plots, training
 from jaxmllm.report.page import Share, render, show
 from jaxmllm.report.run import report
 from jaxmllm.report.workdir import read_files
-from jaxmllm.train.setup import abstract_params
 from tests.conftest import settings
-from tests.tiny_run import tiny_run
+from tests.tiny_run import abstract, tiny_run
 
 EVIL = "<script>alert(1)</script>"
 SPEED = {"step_ms": 250.0, "tokens_per_s": 4321.0, "images_per_s": 65.0, "data_wait": 0.031}
@@ -60,17 +53,6 @@ def unchanged(scenes, tmp_path_factory):
 def text(unchanged):
     """Its page."""
     return report(str(unchanged))
-
-
-@pytest.fixture(scope="module")
-def answerer(scenes):
-    """The run's model with random numbers for parameters, which need no program to be compiled."""
-    run, random = tiny_run(scenes), np.random.default_rng(0)
-    mesh = run.mesh.build()
-    with jax.set_mesh(mesh):
-        shapes, _ = abstract_params(run, mesh)
-    new = {path: random.normal(0, 0.2, x.shape).astype(np.float32) for path, x in shapes.items()}
-    return Answerer(run, {path: jax.device_put(value, shapes[path].sharding) for path, value in new.items()})
 
 
 @pytest.fixture
@@ -143,8 +125,8 @@ def test_restarts_and_stages_are_marked_at_their_steps(unchanged, text):
     assert [svg.count("stroke-dasharray") for svg in dashed] == [1, 0]
 
 
-def test_counts_of_parts_are_those_of_the_model(text, answerer):
-    page, params = Reader(text), answerer.params
+def test_counts_of_parts_are_those_of_the_model(text, scenes):
+    page, params = Reader(text), abstract(tiny_run(scenes))
     total = sum(x.size for x in params.values())
     rows = {row[0]: row for row in page.rows}
     assert rows["all"][1:3] == [f"{total:,}", "100.0%"]
@@ -246,69 +228,3 @@ def test_a_row_of_one_sample_each_is_filled_less(scenes, capsys):
         assert main(["data", "stats", *settings(scenes, **{"data.packing": packing}), "--stage", "align"]) == 0
         filled.append(float(re.search(r"rows filled ([\d.]+)%", capsys.readouterr().out)[1]))
     assert filled[0] > 2 * filled[1] > 0
-
-
-# Attention
-
-
-@pytest.mark.parametrize("window, cap", [(7, None), (2, 0.5)])
-def test_weights_are_a_plain_softmax_over_what_a_query_sees(window, cap):
-    """Of a decoder's first layer, computed once more from its parameters in numpy."""
-    model = Decoder(
-        vocab=20, width=16, layers=2, heads=4, kv_heads=2, mlp=16, remat="none", window=window, attention_cap=cap
-    )
-    tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 20)
-    segments = jnp.array([[1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
-    positions = jnp.array([[0, 1, 2, 3, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6]])
-    cache = model.empty_cache(2, 7, jnp.float32) | {"q": jnp.zeros((2, 2, 7, 2, 2, 4))}
-
-    def run(m, cache):
-        return m(m.embed(tokens), positions, segments, cache=cache)
-
-    params = jax.jit(lambda: model.init(jax.random.key(1), cache, method=run))()
-    apply = jax.jit(lambda cache: model.apply(params, cache, method=run))
-    (with_q, _, kept, _) = apply(cache)
-    del cache["q"]
-    np.testing.assert_allclose(with_q, apply(cache)[0], atol=1e-6)
-    found = np.asarray(attention_weights(kept["q"][0], kept["k"][0], segments, window, cap))
-
-    block = jax.tree.map(lambda x: np.asarray(x, np.float64)[0], params["params"]["blocks"]["layers"]["block"])
-    x = np.asarray(params["params"]["embedding"]["embedding"], np.float64)[tokens]
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * block["norm1"]["scale"]
-    q = np.einsum("bsh,hkgd->bskgd", x, block["attn"]["q"]["kernel"].reshape(16, 2, 2, 4))
-    k = np.einsum("bsh,hkd->bskd", x, block["attn"]["k"]["kernel"].reshape(16, 2, 4))
-    angle = np.asarray(positions)[..., None] * 10000.0 ** (-np.arange(2) / 2)
-
-    def turn(x):
-        cos, sin = (f(angle).reshape(2, 7, *[1] * (x.ndim - 3), 2) for f in (np.cos, np.sin))
-        return np.concatenate([x[..., :2] * cos - x[..., 2:] * sin, x[..., 2:] * cos + x[..., :2] * sin], -1)
-
-    q, k = turn(q), turn(k)
-    for b, s, h, g in np.ndindex(2, 7, 2, 2):
-        sees = [t for t in range(max(0, s - window + 1), s + 1) if segments[b, t] == segments[b, s] > 0]
-        expected = np.zeros(7)
-        if sees:
-            scores = np.array([q[b, s, h, g] @ k[b, t, h] / 2 for t in sees])
-            e = np.exp(cap * np.tanh(scores / cap) if cap else scores)
-            expected[sees] = e / e.sum()
-        np.testing.assert_allclose(found[b, h, g, s], expected, atol=1e-5)
-
-
-def test_weights_go_to_the_cells_of_their_tokens():
-    layout = TokenLayout(grid=2, newline=True, per_cell=2, extra=1)
-    places = np.array([3, 4, 5, 6, 7, -1, -1, 8, 9, 10, 11])  # lines of 4 tokens and a newline; the third cell has none
-    weights = np.arange(12) / 100
-    found = cells_of(weights, places, layout)
-    np.testing.assert_allclose(found, [[0.07, 0.11], [np.nan, 0.17]])
-
-
-def test_attention_of_answers(scenes, answerer):
-    rows = [json.loads(line) for line in open(scenes / "heldout.jsonl")][:2]
-    questions = [Question(row["prompt"], (str(scenes / row["image"]),), place=row["prompt"]) for row in rows]
-    same = [(questions[0], "2 ducks."), (questions[0], "1 dog."), (questions[0], "2 ducks.")]
-    first, other, again, empty = answer_attention(answerer, [*same, (questions[1], "")])
-    for each in (first, other, empty):
-        assert each.picture.shape == (48, 48, 3) and each.cells.shape == (6, 6)
-        assert 0 < each.cells.sum() < each.share < 1, "newlines and task tokens belong to the picture, but to no cell"
-    np.testing.assert_allclose(first.cells, again.cells, rtol=1e-5)
-    assert abs(first.cells - other.cells).max() > 1e-6

@@ -3,7 +3,7 @@
 import jax
 
 from jaxmllm import recipes
-from jaxmllm.train.setup import initial_params
+from jaxmllm.train.setup import abstract_params, initial_params
 from tests.conftest import settings
 
 
@@ -17,3 +17,10 @@ def random_params(run):
     """Parameters by path, on the run's mesh."""
     with jax.set_mesh(run.mesh.build()):
         return jax.jit(lambda: initial_params(run))()
+
+
+def abstract(run):
+    """Shapes and shardings of the parameters by path, on the run's mesh."""
+    mesh = run.mesh.build()
+    with jax.set_mesh(mesh):
+        return abstract_params(run, mesh)[0]
