@@ -20,7 +20,7 @@ from jaxmllm import host_batches
 from jaxmllm.batch import Batch, empty_batch
 from jaxmllm.config import Run, Stage
 from jaxmllm.data.build import make_loader
-from jaxmllm.plan.chips import CHIPS
+from jaxmllm.plan.chips import peak_of
 from jaxmllm.plan.compile import peak_bytes
 from jaxmllm.plan.flops import model_flops
 from jaxmllm.plan.report import fixed_steps
@@ -28,12 +28,6 @@ from jaxmllm.train.compiler import use_random_kernel
 from jaxmllm.train.setup import initial_params, stage_program
 
 WARM_UP = 2  # steps that are not counted
-# bf16 FLOP/s of one device by the start of its device_kind. GPUs: NVIDIA's data sheets, dense, SXM.
-PEAKS = {
-    "TPU v4": CHIPS["v4"].flops, "TPU v5 lite": CHIPS["v5e"].flops, "TPU v5": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops, "TPU7x": CHIPS["tpu7x"].flops,
-    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
-}  # fmt: skip
 
 
 def choose_stage(run: Run, name: str | None = None) -> Stage:
@@ -102,7 +96,7 @@ def measure(run: Run, stage: Stage, steps: int, real: bool = False) -> dict[str,
         loss = float(metrics["loss"])
     seconds, flops = float(np.median(times[WARM_UP:])), model_flops(run, stage)
     kind, per_second = jax.devices()[0].device_kind, 1 / seconds / devices
-    peak = next((value for name, value in PEAKS.items() if kind.startswith(name)), None)
+    peak = peak_of(kind)
     counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "config": run.name,

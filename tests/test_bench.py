@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jaxmllm import bench
 from jaxmllm.cli.main import main
+from jaxmllm.plan import chips
 from jaxmllm.recipes import load
 from tests.conftest import settings
 
@@ -14,7 +14,7 @@ COMPONENTS = {"encoder_clip", "encoder_dino", "fuser_clip", "aggregator", "llm",
 
 @pytest.mark.parametrize("data", [pytest.param("synthetic", marks=pytest.mark.long), "real"])
 def test_bench(scenes, tmp_path, monkeypatch, capsys, data):
-    monkeypatch.setattr(bench, "PEAKS", {"cpu": 1e12})  # so that MFU has a peak to be a share of
+    monkeypatch.setattr(chips, "PEAKS", {"cpu": 1e12})  # so that MFU has a peak to be a share of
     run = load("configs/toy.py:tiny")
     args = ["bench", *settings(scenes, **{"mesh.fsdp": 1}), "--steps", "3", "--json", str(tmp_path / "bench.json")]
     assert not main([*args, *["--real"] * (data == "real")])

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from jaxmllm.config import ConfigError, Run, Stage
+from jaxmllm.plan import chips
+from jaxmllm.plan.flops import model_flops
 from jaxmllm.recipes import check_resumable, from_document, load, override, to_document
 from jaxmllm.train.events import records
 from jaxmllm.train.loggers import JsonLines, TensorBoard, WeightsAndBiases
@@ -160,6 +162,22 @@ def test_rows_hold_the_rate_of_their_step_and_come_once(tiny, tmp_path):
     assert {"loss", "grad_norm", "step_ms", "tokens_per_s", "images_per_s", "data_wait"} <= set(kept[0][1])
     resumed, _ = reporter(tiny, tmp_path, start=4)
     assert [step for step in range(1, 11) if resumed.is_due(step)] == [6, 8, 9, 10]
+
+
+def test_mfu_where_the_peak_of_a_device_is_known(tiny, tmp_path, monkeypatch):
+    """In the surroundings of the training loop: on a mesh, where copies must be deliberate."""
+    monkeypatch.setattr(chips, "PEAKS", {"cpu": 1e12})
+    one, kept = reporter(tiny, tmp_path)
+    values, info = metrics(), {"sample_ids": np.arange(3), "tokens": 100, "images": 2}
+    with jax.set_mesh(one.run.mesh.build()), jax.transfer_guard("disallow"):
+        one.first_step()
+        for step in range(1, 5):
+            one.count(info, 0.0)
+            report(one, step, values, None)
+    flops = sum(model_flops(one.run, one.stage).values())
+    assert [step for step, _ in kept] == [1, 3, 4] and flops > 1e8
+    for _, row in kept:
+        assert row["mfu"] == pytest.approx(flops / 1e12 / (row["step_ms"] / 1e3) / jax.device_count())
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

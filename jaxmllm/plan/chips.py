@@ -64,6 +64,18 @@ CHIPS = {
     "tpu7x": Chip("tpu7x", 2.2e9, 1153.5e12, 3.69e12, int(94.75 * GIB), 9e10, 3, 4, devices_per_chip=2),
 }
 
+# bf16 FLOP/s of one device by the start of its device_kind. GPUs: NVIDIA's data sheets, dense, SXM.
+PEAKS = {
+    "TPU v4": CHIPS["v4"].flops, "TPU v5 lite": CHIPS["v5e"].flops, "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops, "TPU7x": CHIPS["tpu7x"].flops,
+    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
+}  # fmt: skip
+
+
+def peak_of(kind: str) -> float | None:
+    """bf16 FLOP/s of a device by its device_kind, None if it is not known."""
+    return next((value for name, value in PEAKS.items() if kind.startswith(name)), None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 
 from jaxmllm.config import Run, Stage
+from jaxmllm.plan.chips import peak_of
+from jaxmllm.plan.flops import model_flops
 from jaxmllm.train.cache import from_cache
 from jaxmllm.train.checkpoint import StageCheckpoints
 from jaxmllm.train.finite import check_metrics
@@ -24,7 +26,8 @@ class Reporter:
     that many parts, one of them by this process.
 
     Speed: milliseconds per step; samples, tokens and images per second, of the whole run; the share of the time spent
-    waiting for data.
+    waiting for data; where the peak of a device is known, MFU, the share of the peak of all devices that the model's
+    FLOPs are, with every row filled as in `jaxmllm bench`.
     """
 
     def __init__(self, run: Run, stage: Stage, workdir: str, step: int, parts: int):
@@ -35,12 +38,18 @@ class Reporter:
         self.last = step  # the last step that was written
         self.with_images = 0  # steps in which this process had pictures
         self.searched = False
+        self.least_seconds: float | None = None  # of a step, at the peak of all devices
         self.window_start = time.perf_counter()
         self.window = dict.fromkeys(("steps", "samples", "tokens", "images", "wait"), 0.0)
         self.loggers = [each.open(workdir, run, stage, step) for each in run.loggers] if self.active else []
 
     def first_step(self) -> None:
         """To be called when the first step is dispatched: all is compiled, and speed is measured from here on."""
+        if self.active and (peak := peak_of(jax.devices()[0].device_kind)):
+            try:
+                self.least_seconds = sum(model_flops(self.run, self.stage).values()) / peak / jax.device_count()
+            except ValueError as error:  # a part of the user's own with a kernel whose work is unknown
+                self.say(f"no MFU in the metrics: {error}")
         self.window_start = time.perf_counter()
         self.progress.first_step()
         cached = from_cache()
@@ -91,6 +100,8 @@ class Reporter:
             "images_per_s": self.window["images"] / seconds,
             "data_wait": self.window["wait"] / seconds,
         }
+        if self.least_seconds:
+            speed["mfu"] = self.least_seconds * n / seconds
         samples_per_s = self.window["samples"] / seconds
         self.last = step
         self.window_start, self.window = now, dict.fromkeys(self.window, 0.0)
