@@ -116,7 +116,7 @@ def test_own_parts_are_evaluated_and_talk_with_their_config_only(scenes, trained
     assert said.stdout.startswith("model:")
     out = tmp_path / "length.json"
     done = jaxmllm("eval", workdir, *own, "--task", "reply_length", "--out", out)
-    assert "words in 6 replies" in done.stdout and "length_replies.jsonl hold the details" in done.stdout
+    assert "words in 6 replies" in done.stdout and f"details: {out}, {tmp_path}/length_replies.jsonl" in done.stdout
     last = next(row for row in rows(workdir) if row["stage"] == "instruct" and "eval" in row)
     found = json.loads(out.read_text())
     assert found["words"] == last["words"] and found["steps"] == 8

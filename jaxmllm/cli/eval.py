@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         written.append(out.with_suffix(".png"))
         result.draw(str(written[-1]))
     print(result.table)
-    print(f"{' and '.join(map(str, written))} hold the details")
+    print(f"details: {', '.join(map(str, written))}")
 
 
 def chosen_task(args: argparse.Namespace, config: Any) -> Any:
