@@ -8,6 +8,7 @@ Each part is a value in the config; only this file joins them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -19,6 +20,12 @@ from jaxmllm import sharded
 from jaxmllm.batch import Batch, MapShape, Term, TokenLayout, Visual, VisualLayout
 from jaxmllm.nn import inverse_gather
 from jaxmllm.objectives.base import ModelView
+
+# Field -> what a part must have to stand there
+NEEDED = {
+    "encoders": ("input", "maps"), "fusers": ("output",), "aggregator": ("layout",),
+    "llm": ("embed", "output_table"), "objectives": ("needs", "count"),
+}  # fmt: skip
 
 
 class MLLM(nn.Module):
@@ -41,6 +48,7 @@ class MLLM(nn.Module):
         # Linen shares the weights of one object given for several encoders; here each encoder gets its own fuser.
         self.fusers = {name: fuser.clone() for name, fuser in self.fusers.items()}
         super().__post_init__()
+        check_kinds(self)
         if list(self.encoders) != list(self.fusers):
             raise ValueError(f"encoders {list(self.encoders)} and fusers {list(self.fusers)} must have the same names")
         if (self.aggregator is None) != (not self.encoders):
@@ -156,6 +164,17 @@ class MLLM(nn.Module):
     def counts(self, batch: Batch, losses: tuple[str, ...]) -> dict[str, jax.Array]:
         """The number of values that each objective averages over. int32 scalars."""
         return {name: each.count(name, batch) for name, each in self.objectives.items() if name in losses}
+
+
+def check_kinds(model: MLLM) -> None:
+    """Raises ValueError for a part that stands where another kind belongs."""
+    for field, names in NEEDED.items():
+        value = getattr(model, field)
+        parts = {f"{field}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {field: value}
+        for place, part in parts.items():
+            known = {*dir(type(part)), *getattr(type(part), "__dataclass_fields__", ())}
+            if part is not None and (missing := [name for name in names if name not in known]):
+                raise ValueError(f"{place}: {type(part).__name__} cannot stand here, for it has no {missing[0]}")
 
 
 def content_mask(padding: jax.Array, grid: int) -> jax.Array:

@@ -52,7 +52,7 @@ class File(Mapping[str, np.ndarray]):
             with safe_open(path, "numpy"):  # the format's own library must agree
                 pass
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"cannot read {path}: {shown(error, 500)}") from None
+            raise ValueError(f"cannot read {shown(path, 500)}: {shown(error, 500)}") from None
 
     @property
     def size(self) -> int:
@@ -117,7 +117,7 @@ class Folder(Mapping[str, np.ndarray]):
         self._place = {name: file for file in files.values() for name in file}
         for name, file in weight_map.items():
             if name not in files[file]:
-                raise ValueError(f"{files[file].path} has no tensor {name!r}, although {INDEX} lists it")
+                raise ValueError(f"{files[file].path} has no tensor {shown(name)!r}, although {INDEX} lists it")
             self._place[name] = files[file]
 
     @property
