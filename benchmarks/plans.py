@@ -26,7 +26,7 @@ ROWS = [
     ["configs/cambrian_8b.py", "--topology", "v6e:8x8", "--stage", "instruct"],
     ["configs/cambrian_8b.py:published", "--topology", "v5p:4x4x4", "--stage", "instruct"],
     # Four chips, with adapters
-    ["configs/cambrian_8b.py:lora", "--topology", "v5e:2x2", "--stage", "instruct"],
+    ["configs/cambrian_8b.py:lora", "--topology", "v6e:2x2", "--stage", "instruct"],
     # The same number of rows per chip on 16 and 256 chips, and on two slices.
     ["configs/llama3_8b.py", "--topology", "v5p:2x2x4", "--set", "stages.0.rows=64"],
     ["configs/llama3_8b.py", "--topology", "v5p:4x8x8", "--set", "stages.0.rows=1024"],

@@ -83,7 +83,7 @@ def published() -> Run:
 
 def lora() -> Run:
     """The published visual path for four chips: Llama-3 frozen with adapters, the connector trained, and one row per
-    chip at a time. Weights and optimizer take 7.4 GiB of each chip."""
+    chip at a time. Weights and optimizer take 7.4 GiB of each chip; the step needs a little more than a v5e has."""
     base = published()
     adapters, connector = Rule(r"/lora_[ab]$"), Rule("^(fusers_|aggregator/|llm/visual/)")
     align, instruct = (dataclasses.replace(stage, rows=64, accumulate=16) for stage in base.stages)

@@ -86,6 +86,15 @@ def jaxmllm(*args, devices: int = 1, check: bool = True, env: dict | None = None
     return done
 
 
+def refusal(read, path) -> str:
+    """The one line with which `read` refuses a file or folder."""
+    with pytest.raises(ValueError) as error:
+        read(path)
+    line = str(error.value)
+    assert line.isprintable() and len(line) < 1000 and line.startswith(f"cannot read {path}")
+    return line
+
+
 @pytest.fixture
 def bounded():
     """For tests that must take little memory and time."""

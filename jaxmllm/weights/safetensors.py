@@ -52,7 +52,7 @@ class File(Mapping[str, np.ndarray]):
             with safe_open(path, "numpy"):  # the format's own library must agree
                 pass
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"cannot read {shown(path, 500)}: {shown(error, 500)}") from None
+            raise ValueError(f"cannot read {shown(path, 400)}: {shown(error, 500)}") from None
 
     @property
     def size(self) -> int:
