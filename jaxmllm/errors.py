@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 MOST_NAMES = 10_000  # of a folder, among which a near one is looked for
+MOST_TEXT = 2500  # characters of a message
 
 
 class ConfigError(ValueError):
     """What the user asked for is wrong; the message is one line that says what is wrong and how to mend it."""
+
+    def __init__(self, message: str):
+        super().__init__(shown(message, MOST_TEXT))  # it may hold names out of files of others
 
 
 def suggest(name: str, known: Iterable[Any]) -> str:

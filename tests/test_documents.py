@@ -85,6 +85,11 @@ def test_a_field_that_is_missing(document):
     assert "Stage: " in refused(document) and "rules" in refused(document)
 
 
+def test_a_name_that_would_steer_a_terminal(document):
+    document["init"]["objectives"]["dict"]["\n\x1b[2J\ud800"] = "run:x"
+    assert refused(document).startswith(r"init.objectives.\n\x1b[2J\ud800: the model has no such part")
+
+
 @pytest.mark.parametrize("content", [None, 3, [], "x", {"format": []}, {"format": True}, {"format": {"a": 1}}, {}])
 def test_documents_of_no_format(content):
     refused(content)
