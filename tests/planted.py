@@ -39,6 +39,7 @@ def faults() -> list[tuple[str, dict | str]]:
         ("no conversation", {"conversations": talk, "messages": talk}),
         ("unknown role", {"conversations": [{"from": "tool", "value": "a"}, *talk]}),
         ("unknown role", {"conversations": [*talk, {"from": "system", "value": "a"}]}),
+        ("weight of a turn", {"conversations": [talk[0], {**talk[1], "loss": False}]}),
         ("system text", {"system": 3, "conversations": talk}),
         ("media that is not read", {"video": "a.mp4", "conversations": talk}),
         ("media that is not read", {"images": ["a.jpg"], "conversations": talk}),

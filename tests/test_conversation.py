@@ -50,6 +50,17 @@ def test_system_text():
     assert "the system text has the marker <video>" in refusal(conversations=turns, system="See <video>")
 
 
+@pytest.mark.parametrize("field", ["weight", "loss", "train"])
+def test_turns_that_are_left_out_of_the_loss_are_refused(field):
+    turns = chat("Why ?", "So .")
+    for value in (None, 1, 1.0, True):
+        turns[1][field] = value
+        assert exchanges(record(conversations=turns), 0) == TURNS
+    for value in (0, 0.5, False, "no", []):
+        turns[1][field] = value
+        assert refusal(conversations=turns).startswith(f"weight of a turn: turn 1 has {field} = {value!r}")
+
+
 @pytest.mark.parametrize("name", ["narrator", "tool", "Human", "bot", ""])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_other_roles_are_refused(name, place):

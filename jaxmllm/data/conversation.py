@@ -14,6 +14,7 @@ from jaxmllm.data.templates import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURNS = 'a list of {"from", "value"} or {"role", "content"}'
+LEFT_OUT = ("weight", "loss", "train")  # fields by which other programs leave a turn out of the loss
 
 # Fields that name media: other spellings of `image`, and what no encoder reads.
 PICTURE_FIELD = re.compile(r"(images|imgs?|pictures?|photos?|image[-_]?(paths?|files?|filename|urls?))", re.IGNORECASE)
@@ -115,6 +116,10 @@ def turn_of(record: Record, k: int, turn: Any) -> Turn:
     if role is None or (role == "system" and k):
         allowed = "human or user, gpt or assistant, and system for the first turn"
         raise record.bad("unknown role", f"turn {k} is from {name!r}, but roles are {allowed}")
+    for field in LEFT_OUT:
+        if turn.get(field) not in (None, 1):  # True is 1
+            detail = f"turn {k} has {field} = {turn[field]!r}, but the loss counts every answer alike"
+            raise record.bad("weight of a turn", detail)
     check_text(record, f"turn {k}", text)
     return Turn(k, role, name, text.strip())
 
