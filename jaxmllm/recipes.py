@@ -190,7 +190,7 @@ def read_run(workdir: str, config: str | None = None) -> Run:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         command = f"train one with `jaxmllm train CONFIG --workdir {workdir}`"
-        raise ConfigError(f"{workdir} holds no run (no config.json){suggest_path(workdir)}; {command}")
+        raise ConfigError(f"{workdir} holds no run (no config.json); {command}{suggest_path(workdir)}")
     trusted = namespace(config.partition(":")[0]) if config else None
     return from_document(read_document(path), str(path), trusted)
 

@@ -119,7 +119,7 @@ def open_source(text: str, model: Any = None) -> FolderSource | ExportedSource |
         return _folder(*download(text), model)
     if not Path(text).is_dir():
         kinds = "a source is FOLDER, hf:org/name@revision, run:WORKDIR or random"
-        raise ValueError(f"{text} is no folder{suggest_path(text)}; {kinds}")
+        raise ValueError(f"{text} is no folder; {kinds}{suggest_path(text)}")
     return _folder(text, Path(text), model)
 
 
