@@ -114,10 +114,10 @@ def test_records(spec_and_folder, examples):
     outcomes = []
 
     def check(record):
-        (root / "fuzz.jsonl").write_text(json.dumps(record) + "\n")
+        (root / "fuzz.jsonl").write_text("{}\n" + json.dumps(record) + "\n")  # a list alone would be a file of records
         source = LlavaSource(root / "fuzz.jsonl")
         try:
-            sample = make_sample(source[0], 0, spec)
+            sample = make_sample(source[1], 1, spec)
         except BadSample as error:
             assert one_line(error)
             outcomes.append(str(error))
@@ -128,7 +128,7 @@ def test_records(spec_and_folder, examples):
             assert (sample.labels[:-1][trained[:-1]] == sample.tokens[1:][trained[:-1]]).all()
             assert sample.image_count <= spec.image_slots and not trained[-1:].any()
             assert all(np.isfinite(x).all() for x in sample.targets.values())
-        document = to_document(show_record([source], 0, spec))
+        document = to_document(show_record([source], 1, spec))
         assert document["error"] == outcomes[-1]
         if document["error"] is None:
             assert [i for piece in document["pieces"] for i in piece["ids"]] == sample.tokens.tolist()
