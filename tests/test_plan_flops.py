@@ -1,5 +1,6 @@
 """The FLOPs that a model needs, counted in jaxprs of the installed version of JAX."""
 
+import dataclasses
 from collections import Counter
 
 import jax
@@ -56,6 +57,26 @@ def test_flops_of_the_8b_recipe():
     tokens, layer = 256 * 2048, 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
     assert by_component["head"] == 6 * tokens * 4096 * 128256
     assert by_component["llm"] == 6 * tokens * 32 * layer + 32 * 12 * tokens * 2048 * 4096 / 2
+
+
+@pytest.mark.parametrize(
+    "window, windowed, pairs",
+    [
+        (None, (True,), 3 * [1 / 2]),
+        (64, (True,), 3 * [1 / 2]),  # no row is longer
+        (16, (True,), 3 * [1 / 4 * (1 - 1 / 8)]),
+        (16, (True, True, False), [*2 * [1 / 4 * (1 - 1 / 8)], 1 / 2]),
+    ],
+)
+def test_flops_of_attention_with_a_window(window, windowed, pairs):
+    run = recipes.load("configs/toy.py:tiny")
+    llm = run.model.llm.clone(window=window, windowed=windowed, inserts=None, unroll=1)
+    model = run.model.clone(llm=llm, objectives={"next_token": run.model.objectives["next_token"]})
+    data = dataclasses.replace(run.data, seq_len=64, image_slots=1, targets=None)
+    stage = dataclasses.replace(run.stages[0], losses={"next_token": 1.0}, rows=1)
+    found = flops.model_flops(dataclasses.replace(run, model=model, data=data, stages=(stage,)), stage)
+    matrices = 3 * llm.width * (4 * llm.width + 3 * llm.mlp)
+    assert found["llm"] == 6 * 64 * matrices + sum(3 * 2 * 2 * 64 * 64 * llm.width * share for share in pairs)
 
 
 def test_scans_tell_constants_carries_and_slices_apart():

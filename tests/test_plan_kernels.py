@@ -23,8 +23,12 @@ def test_splash_attention_is_priced_by_the_blocks_it_visits(kernel, note, result
         f'custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{\n{note}\n'
         '}}, metadata={op_name="jit(f)/SCOPE/pallas_call"}'
     )
-    # Four blocks of queries, two of keys: the first two blocks of queries see one block of keys.
-    for scope, blocks in (("full", 8), ("causal", 6)):
+    # Four blocks of queries, two of keys: the first two blocks of queries see one block of keys. With a window of 512
+    # keys the third block of queries still sees keys of the first block, the fourth does not.
+    windows = [
+        (f"causal/window_{window}_of_2048", blocks) for window, blocks in ((512, 5), (513, 5), (514, 6), (9999, 6))
+    ]
+    for scope, blocks in (("full", 8), ("causal", 6), *windows):
         body = "\n".join(["ENTRY %e (m: s8[1,4,2]) -> bf16[] {", *lines, call.replace("SCOPE", scope), "}"])
         charge = only_charge(body)
         assert charge.model == "our kernel"

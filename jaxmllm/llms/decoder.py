@@ -7,6 +7,7 @@ data of the scan. With `inserts`, layers that look at the image follow some deco
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, ClassVar
 
@@ -223,17 +224,12 @@ class Decoder(nn.Module):
         wanted = tuple(t for t in taps if t != self.layers)
         slots, buffer = tap_slots(wanted, self.layers), empty_taps(x, len(wanted))
         interleave, carry = self.visual(x, visual) if self.inserts and visual is not None else (None, None)
-        inputs = positions, segments, cache_index
-        x, buffer, cache, aux = self.blocks(
-            x,
-            buffer,
-            slots,
-            cache,
-            *inputs,
-            own=self.different_kinds(),
-            interleave=interleave,
-            interleave_carry=carry,
-        )
+        inputs, own = (positions, segments, cache_index), self.different_kinds()
+        more = dict(own=own, interleave=interleave, interleave_carry=carry)
+        # A plan reads from this scope how many layers have the window (plan/hlo.py, plan/flops.py).
+        share = f"windowed_{sum(self.layer_kinds('windowed'))}_of_{self.layers}"
+        with jax.named_scope(share) if own and "windowed" in own else contextlib.nullcontext():
+            x, buffer, cache, aux = self.blocks(x, buffer, slots, cache, *inputs, **more)
         x = self.norm(x)
         return x, {t: x if t == self.layers else buffer[wanted.index(t)] for t in taps}, cache, aux
 

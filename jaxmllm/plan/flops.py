@@ -3,13 +3,14 @@
 Matrix products and convolutions count, 2 m n k each: once for the forward pass, and once more for each operand that
 depends on trained weights (its gradient is one more product of the same size). So frozen parts count once, layers below
 all trained weights need no gradient of their input, and rematerialisation adds nothing. In a scope "causal" half is
-counted (the triangle); in a scope "gather" nothing (the product stands for a look-up). A hand-written kernel must have
-a plain form that is traced here: a Pallas call raises ValueError.
+counted (the triangle), with a window less; in a scope "gather" nothing (the product stands for a look-up). A
+hand-written kernel must have a plain form that is traced here: a Pallas call raises ValueError.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxmllm import jax_internals
 from jaxmllm.config import Run, Stage
 from jaxmllm.mesh import AXES
-from jaxmllm.plan.hlo import run_share
+from jaxmllm.plan.hlo import run_share, windowed_share
 from jaxmllm.plan.timeline import component
 from jaxmllm.train.setup import abstract_batch, stage_program
 from jaxmllm.train.state import match_rules, unflatten
@@ -61,9 +62,8 @@ def count(jaxpr: jax_internals.Jaxpr, flags: list[bool], times: float, path: str
         if name == "pallas_call":
             raise ValueError(f"cannot count the FLOPs of a Pallas kernel in {here}")
         if name in ("dot_general", "conv_general_dilated"):
-            names = here.split("/")
-            factor = 0.0 if "gather" in names else 0.5 if "causal" in names else 1.0
-            flops[component(f"{here}/{name}")] += factor * (1 + sum(inputs[:2])) * times * product_flops(eqn)
+            needed = counted_share(here) * product_flops(eqn)
+            flops[component(f"{here}/{name}")] += (1 + sum(inputs[:2])) * times * needed
         elif name == "scan":
             loop = jax_internals.scan(eqn)
             carries = slice(loop.constants, loop.constants + loop.carries)
@@ -75,16 +75,34 @@ def count(jaxpr: jax_internals.Jaxpr, flags: list[bool], times: float, path: str
                 inputs[carries] = joined
             count(loop.body, inputs, times * loop.length, here, flops)
         elif name == "cond":
-            by_branch, runs = [], times * run_share(here)
-            for branch in jax_internals.branches(eqn):
+            by_branch, branches = [], jax_internals.branches(eqn)
+            near = [any("window_" in jax_internals.scopes(inner) for inner in branch.eqns) for branch in branches]
+            windowed = windowed_share(here) if any(near) and not all(near) else None
+            shares = [run_share(here)] * len(branches)
+            if windowed is not None:
+                shares = [windowed if has_window else 1 - windowed for has_window in near]
+            for branch, share in zip(branches, shares):
                 of_branch: Counter = Counter()
-                outputs = [a or b for a, b in zip(outputs, count(branch, inputs[1:], runs, here, of_branch))]
+                outputs = [a or b for a, b in zip(outputs, count(branch, inputs[1:], times * share, here, of_branch))]
                 by_branch.append(of_branch)
-            flops.update(max(by_branch, key=lambda of_branch: sum(of_branch.values())))
+            longest = max(by_branch, key=lambda of_branch: sum(of_branch.values()))
+            flops.update(longest if windowed is None else sum(by_branch, Counter()))
         elif inner := jax_internals.called(eqn):
             outputs = count(inner, inputs, times, here, flops)
         depends.update(zip(eqn.outvars, outputs))
     return [is_trained(atom) for atom in jaxpr.outvars]
+
+
+def counted_share(path: str) -> float:
+    """The share of a product's elements that the model needs, by the scopes around it."""
+    names = path.split("/")
+    if "gather" in names:
+        return 0.0
+    if "causal" not in names:
+        return 1.0
+    match = re.search(r"\bwindow_(\d+)_of_(\d+)\b", path)
+    window = min(1.0, int(match[1]) / int(match[2])) if match else 1.0
+    return window * (1 - window / 2)  # of each query the last keys of the triangle
 
 
 def product_flops(eqn: jax_internals.JaxprEqn) -> float:

@@ -101,7 +101,8 @@ class Module:
         """(computation, how often it runs) for each computation that a while, call or conditional runs.
 
         The longest branch of a conditional gets the share of the runs that a scope like "10_of_32" around it states,
-        and the other branches the rest; without such a scope the longest always runs.
+        and the other branches the rest; without such a scope the longest always runs. If only some branches hold
+        attention with a window, these get the share that a scope like "windowed_25_of_30" states.
         """
         if instruction.opcode == "while":
             return [(instruction.attribute("body"), self.trips(instruction, computation))]
@@ -111,6 +112,10 @@ class Module:
             names = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", instruction.attributes)
             braces = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names += re.findall(r"%?([\w.\-]+)", braces[1]) if braces else []
+            near = [n for n in names if any("/window_" in i.op_name for i in self.computations[n].values())]
+            windowed = windowed_share(instruction.op_name)
+            if windowed is not None and 0 < len(near) < len(names):
+                return [(n, windowed if n in near else 1 - windowed) for n in names]
             longest, share = max(names, key=lambda n: len(self.computations[n])), run_share(instruction.op_name)
             return [(longest, share), *((n, 1 - share) for n in names if n != longest and share < 1)]
         return []
@@ -150,6 +155,12 @@ def run_share(path: str) -> float:
     """10/32 for an op_name or name stack with a scope "10_of_32", else 1."""
     match = re.search(r"\b(\d+)_of_(\d+)\b", path)
     return int(match[1]) / int(match[2]) if match else 1.0
+
+
+def windowed_share(path: str) -> float | None:
+    """25/30 for an op_name or name stack with a scope "windowed_25_of_30": 25 of 30 layers have a window. Else None."""
+    match = re.search(r"\bwindowed_(\d+)_of_(\d+)\b", path)
+    return int(match[1]) / int(match[2]) if match else None
 
 
 def known_trip_count(loop: Instruction) -> int | None:

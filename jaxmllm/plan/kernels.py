@@ -86,7 +86,11 @@ def splash(instruction: Instruction, chip: Chip, kernel: str) -> float:
     rows, columns, head_dim = query.dims[-2] // block_q, key.dims[-2] // block_k, query.dims[-1]
     if "/causal/" in instruction.op_name:
         before = key.dims[-2] - query.dims[-2]  # keys of earlier parts of the row
-        blocks = sum(min(columns, math.ceil((before + (i + 1) * block_q) / block_k)) for i in range(rows))
+        match = re.search(r"/window_(\d+)_of_", instruction.op_name)
+        window = int(match[1]) if match else key.dims[-2]
+        starts = [before + i * block_q for i in range(rows)]
+        ends = [min(columns, math.ceil((start + block_q) / block_k)) for start in starts]
+        blocks = sum(end - max(0, start - window + 1) // block_k for start, end in zip(starts, ends))
     else:
         blocks = rows * columns
     per_score = rates(SPLASH, chip, head_dim)[kernel]

@@ -82,14 +82,18 @@ class Attention(nn.Module):
             }
             k, v, kv_segments = cache["k"], cache["v"], cache["segments"]
         offset = 0 if cache is None else cache_index
-        with jax.named_scope("causal" if self.causal else "full"):  # a plan counts half the FLOPs of a causal one
-            segments = dict(q_segments=q_segments, kv_segments=kv_segments)
-            attend = partial(dot_product_attention, q, k, v, causal=self.causal, q_offset=offset, **segments)
-            windowed = partial(attend, window=self.window, cap=self.cap)
+        segments = dict(q_segments=q_segments, kv_segments=kv_segments)
+        attend = partial(dot_product_attention, q, k, v, causal=self.causal, q_offset=offset, cap=self.cap, **segments)
+
+        def windowed():
+            with jax.named_scope(f"window_{self.window}_of_{k.shape[1]}"):
+                return attend(window=self.window)
+
+        with jax.named_scope("causal" if self.causal else "full"):  # a plan reads from scopes which pairs count
             if "windowed" in kind:
-                y = jax.lax.cond(kind["windowed"], windowed, partial(attend, cap=self.cap))
+                y = jax.lax.cond(kind["windowed"], windowed, attend)
             else:
-                y = windowed()
+                y = windowed() if self.window else attend()
         out = Linear(
             (x.shape[-1],),
             in_axes=("heads", None, None),
