@@ -82,8 +82,8 @@ def published() -> Run:
 
 
 def lora() -> Run:
-    """The published visual path for four chips: Llama-3 frozen with adapters, the connector trained, and one row per
-    chip at a time. Weights and optimizer take 7.4 GiB of each chip; the step needs a little more than a v5e has."""
+    """The published visual path for four v6e chips: Llama-3 frozen with adapters, the connector trained, and one row per
+    chip at a time. It takes 15.4 of 31.2 GiB of each chip; a v5e has a little less than it needs."""
     base = published()
     adapters, connector = Rule(r"/lora_[ab]$"), Rule("^(fusers_|aggregator/|llm/visual/)")
     align, instruct = (dataclasses.replace(stage, rows=64, accumulate=16) for stage in base.stages)

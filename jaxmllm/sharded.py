@@ -27,7 +27,12 @@ def shard_rows(x: jax.Array) -> jax.Array:
 
 def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """Reshards x the way `other` is split."""
-    return jax.sharding.reshard(x, jax.typeof(other).sharding.spec) if has_mesh() else x
+    return jax.sharding.reshard(x, spec_of(other)) if has_mesh() else x
+
+
+def spec_of(x: jax.Array) -> P | None:
+    """The PartitionSpec of x; None without a mesh."""
+    return jax.typeof(x).sharding.spec if has_mesh() else None
 
 
 def shard_param(x: jax.Array, names: tuple[str | None, ...], path: str) -> jax.Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from jaxmllm.train.setup import abstract_batch, check_stages, initial_params, st
 from jaxmllm.train.state import unflatten
 from jaxmllm.weights.export import export
 from jaxmllm.weights.parts import load_parts
+from tests.conftest import ROOT, simulated
 from tests.llava_case import batch_of
 from tests.run_case import abstract_of, random_of, run_of, save
 from tests.test_export import imported, llava, text_only, words  # noqa: F401
@@ -227,6 +230,22 @@ def test_dropped_inputs_keep_their_mean():
     x = jnp.ones((1000, 8))
     y = np.asarray(_drop(x, jnp.float32(0.25), jax.random.key(0)))
     assert set(np.unique(y)) == {0, np.float32(1 / 0.75)} and abs(y.mean() - 1) < 0.02
+
+
+def test_dropped_inputs_do_not_hang_together():
+    dropped = np.asarray(_drop(jnp.ones((2, 512, 256)), jnp.float32(0.25), jax.random.key(0)) == 0).reshape(-1, 256)
+    for lines in (dropped, dropped.T):
+        count, length = lines.shape
+        correlation = np.corrcoef(lines.astype(np.float64))[np.triu_indices(count, 1)]
+        # Of independent lines the correlation has the standard deviation 1 / sqrt(length).
+        assert abs(correlation.std() * length**0.5 - 1) < 0.02 and np.abs(correlation).max() < 6 / length**0.5
+        assert abs(lines.mean(1).std() / (0.25 * 0.75 / length) ** 0.5 - 1) < 0.15
+
+
+def test_dropped_inputs_are_the_same_on_every_mesh():
+    command = [sys.executable, "-m", "tests.lora_mesh"]
+    done = subprocess.run(command, cwd=ROOT, env=simulated(8), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_refusals(tmp_path, words):  # noqa: F811

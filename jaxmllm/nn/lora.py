@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxmllm import sharded
 from jaxmllm.errors import ConfigError
@@ -123,8 +124,22 @@ def branch(layer: Any, x: jax.Array) -> jax.Array:
 def _drop(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
     """Sets a share `rate` of x to zero and scales the others so that the mean stays."""
     kept = 1 - jax.lax.stop_gradient(rate.astype(jnp.float32))
-    mask = sharded.reshard_like(jax.random.uniform(key, x.shape) < kept, x)
-    return jnp.where(mask, x / kept.astype(x.dtype), 0)
+    return jnp.where(_bits_like(x, key) < (kept * 2.0**32).astype(jnp.uint32), x / kept.astype(x.dtype), 0)
+
+
+def _bits_like(x: jax.Array, key: jax.Array) -> jax.Array:
+    """uint32 numbers of x's shape, split like x and the same on every mesh.
+
+    jax.random.bits would take a TPU longer than the layer itself (docs/log.md). Here it makes a number for each row and
+    one for each column, and Wellons' lowbias32 (nullprogram.com/blog/2018/07/31) mixes the two, without its last
+    shift, which leaves the upper bits as they are.
+    """
+    spec, keys = sharded.spec_of(x), jax.random.split(key)
+    rows = jax.random.bits(keys[0], x.shape[:-1], jnp.uint32, out_sharding=spec and P(*spec[:-1]))
+    columns = jax.random.bits(keys[1], x.shape[-1:], jnp.uint32, out_sharding=spec and P(spec[-1]))
+    bits = rows[..., None] ^ columns
+    bits = (bits ^ bits >> 16) * jnp.uint32(0x7FEB352D)
+    return (bits ^ bits >> 15) * jnp.uint32(0x846CA68B)
 
 
 def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, alpha: np.ndarray) -> np.ndarray:
