@@ -230,6 +230,7 @@ def test_dropped_inputs_keep_their_mean():
     x = jnp.ones((1000, 8))
     y = np.asarray(_drop(x, jnp.float32(0.25), jax.random.key(0)))
     assert set(np.unique(y)) == {0, np.float32(1 / 0.75)} and abs(y.mean() - 1) < 0.02
+    np.testing.assert_array_equal(_drop(x, jnp.float32(1e-9), jax.random.key(0)), x)
 
 
 def test_dropped_inputs_do_not_hang_together():

@@ -123,8 +123,9 @@ def branch(layer: Any, x: jax.Array) -> jax.Array:
 
 def _drop(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
     """Sets a share `rate` of x to zero and scales the others so that the mean stays."""
-    kept = 1 - jax.lax.stop_gradient(rate.astype(jnp.float32))
-    return jnp.where(_bits_like(x, key) < (kept * 2.0**32).astype(jnp.uint32), x / kept.astype(x.dtype), 0)
+    rate = jax.lax.stop_gradient(rate.astype(jnp.float32))
+    kept = _bits_like(x, key) >= (rate * 2.0**32).astype(jnp.uint32)
+    return jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
 
 
 def _bits_like(x: jax.Array, key: jax.Array) -> jax.Array:
