@@ -82,7 +82,7 @@ def published() -> Run:
 
 
 def lora() -> Run:
-    """The published visual path for four v6e chips: Llama-3 frozen with adapters, the connector trained, and one row per
+    """The published visual path for four v6e chips: Llama-3 frozen with adapters, the connector trained, one row per
     chip at a time. It takes 15.4 of 31.2 GiB of each chip; a v5e has a little less than it needs."""
     base = published()
     adapters, connector = Rule(r"/lora_[ab]$"), Rule("^(fusers_|aggregator/|llm/visual/)")
