@@ -24,7 +24,7 @@ def test_splash_attention_is_priced_by_the_blocks_it_visits(kernel, note, result
         '}}, metadata={op_name="jit(f)/SCOPE/pallas_call"}'
     )
     # Four blocks of queries, two of keys: the first two blocks of queries see one block of keys. With a window of 512
-    # keys the third block of queries still sees keys of the first block, the fourth does not.
+    # keys the third block of queries still sees keys of the first block; the fourth does from 514 keys on.
     windows = [
         (f"causal/window_{window}_of_2048", blocks) for window, blocks in ((512, 5), (513, 5), (514, 6), (9999, 6))
     ]

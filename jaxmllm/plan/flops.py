@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxmllm import jax_internals
 from jaxmllm.config import Run, Stage
 from jaxmllm.mesh import AXES
-from jaxmllm.plan.hlo import run_share, windowed_share
+from jaxmllm.plan.hlo import run_share, windowed_shares
 from jaxmllm.plan.timeline import component
 from jaxmllm.train.setup import abstract_batch, stage_program
 from jaxmllm.train.state import match_rules, unflatten
@@ -77,16 +77,13 @@ def count(jaxpr: jax_internals.Jaxpr, flags: list[bool], times: float, path: str
         elif name == "cond":
             by_branch, branches = [], jax_internals.branches(eqn)
             near = [any("window_" in jax_internals.scopes(inner) for inner in branch.eqns) for branch in branches]
-            windowed = windowed_share(here) if any(near) and not all(near) else None
-            shares = [run_share(here)] * len(branches)
-            if windowed is not None:
-                shares = [windowed if has_window else 1 - windowed for has_window in near]
-            for branch, share in zip(branches, shares):
+            shares = windowed_shares(here, near)
+            for branch, share in zip(branches, shares or [run_share(here)] * len(branches)):
                 of_branch: Counter = Counter()
                 outputs = [a or b for a, b in zip(outputs, count(branch, inputs[1:], times * share, here, of_branch))]
                 by_branch.append(of_branch)
             longest = max(by_branch, key=lambda of_branch: sum(of_branch.values()))
-            flops.update(longest if windowed is None else sum(by_branch, Counter()))
+            flops.update(sum(by_branch, Counter()) if shares else longest)
         elif inner := jax_internals.called(eqn):
             outputs = count(inner, inputs, times, here, flops)
         depends.update(zip(eqn.outvars, outputs))

@@ -112,10 +112,9 @@ class Module:
             names = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", instruction.attributes)
             braces = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names += re.findall(r"%?([\w.\-]+)", braces[1]) if braces else []
-            near = [n for n in names if any("/window_" in i.op_name for i in self.computations[n].values())]
-            windowed = windowed_share(instruction.op_name)
-            if windowed is not None and 0 < len(near) < len(names):
-                return [(n, windowed if n in near else 1 - windowed) for n in names]
+            near = [any("/window_" in i.op_name for i in self.computations[n].values()) for n in names]
+            if shares := windowed_shares(instruction.op_name, near):
+                return list(zip(names, shares))
             longest, share = max(names, key=lambda n: len(self.computations[n])), run_share(instruction.op_name)
             return [(longest, share), *((n, 1 - share) for n in names if n != longest and share < 1)]
         return []
@@ -157,10 +156,14 @@ def run_share(path: str) -> float:
     return int(match[1]) / int(match[2]) if match else 1.0
 
 
-def windowed_share(path: str) -> float | None:
-    """25/30 for an op_name or name stack with a scope "windowed_25_of_30": 25 of 30 layers have a window. Else None."""
+def windowed_shares(path: str, windowed: list[bool]) -> list[float]:
+    """The shares of the runs that the branches of a conditional get, if only some of them have a window: in a scope
+    "windowed_25_of_30" these get 25/30 and the others 5/30. Otherwise none."""
     match = re.search(r"\bwindowed_(\d+)_of_(\d+)\b", path)
-    return int(match[1]) / int(match[2]) if match else None
+    if not match or len(set(windowed)) < 2:
+        return []
+    share = int(match[1]) / int(match[2])
+    return [share if has_window else 1 - share for has_window in windowed]
 
 
 def known_trip_count(loop: Instruction) -> int | None:
