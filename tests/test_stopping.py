@@ -118,8 +118,11 @@ def test_threads_that_wait_for_data_do_not_keep_the_process():
 
 def test_other_commands_end_at_ctrl_c():
     code = """if True:
+        import signal
+
         from jaxmllm.cli import data_stats, main
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
         data_stats.run.__code__ = (lambda args: [print("ready", flush=True), __import__("time").sleep(60)]).__code__
         """
     process = start("-c", f"{code}raise SystemExit(main.main(['data', 'stats', 'configs/toy.py']))")
